@@ -1,0 +1,154 @@
+"""What one training run is: model, data, diffusion, optimiser, checkpoints, validation, tracking."""
+
+from __future__ import annotations
+
+import math
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, model_validator
+
+from ardist.config.ar_vae import ARVAEConfig
+from ardist.config.base import Section
+from ardist.config.denoiser import DenoiserConfig
+
+Law = Literal["fopp", "synchronous", "independent", "uniform_monotone"]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+
+
+class DiffusionConfig(Section):
+    """Noise schedule, prediction target, loss weights and the law of the training timesteps (METHOD sections 1, 3)."""
+
+    num_timesteps: int = Field(1000, ge=2, le=4096, description="T")
+    schedule: Literal["scaled_linear", "cosine"] = "scaled_linear"
+    target: Literal["x0", "eps", "v"] = "x0"
+    law: Law | dict[Law, float] = Field("fopp", description="a timestep law, or weights of a mixture of laws")
+    min_snr_gamma: float | None = Field(None, gt=0, description="min-SNR weighting; null: plain MSE")
+    condition_dropout: Fraction = 0.1
+
+    @model_validator(mode="after")
+    def _weights(self) -> DiffusionConfig:
+        if isinstance(self.law, dict) and (not self.law or min(self.law.values()) < 0 or sum(self.law.values()) <= 0):
+            raise ValueError("the weights of a mixture of laws must not be negative and need a positive sum")
+        return self
+
+
+class DataConfig(Section):
+    """Which dataset is read and in which order (DATA: fixed lanes)."""
+
+    path: str = Field(description="dataset folder or s3:// prefix that holds manifest.json")
+    lanes: int = Field(8, ge=1, description="L, fixed for the life of a run; divides the global batch size")
+    window: int = Field(256, ge=1, description="W, samples of one shuffle window of a lane")
+    fetch_threads: int = Field(2, ge=1, le=16)
+    prefetch_bytes: int = Field(256 * 2**20, ge=2**20)
+    cache_dir: str | None = Field(None, description="local cache of remote shards; null: the user's cache folder")
+    cache_bytes: int = Field(50 * 2**30, ge=0)
+    max_bad_fraction: Fraction = 1e-3
+
+
+class OptimizerConfig(Section):
+    """AdamW and its learning-rate schedule."""
+
+    lr: float = Field(1e-4, gt=0)
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = Field(1e-8, gt=0)
+    weight_decay: float = Field(1e-4, ge=0)
+    grad_clip: float = Field(1.0, ge=0, description="global norm; 0: off")
+    schedule: Literal["constant", "cosine", "wsd"] = "constant"
+    warmup_steps: int = Field(0, ge=0)
+    decay_steps: int = Field(0, ge=0, description="last steps of wsd")
+    final_lr_fraction: Fraction = 0.0
+
+
+class TrainingConfig(Section):
+    """Length, batch, precision and sharding."""
+
+    steps: int = Field(100_000, ge=1)
+    global_batch_size: int = Field(48, ge=1, description="clips per optimiser step over all ranks")
+    micro_batch_size: int = Field(16, ge=1, description="clips per rank and forward; accumulation is derived")
+    precision: Literal["bf16", "fp16", "fp32"] = "bf16"
+    zero_stage: Literal[0, 1, 2, 3] = 1
+    offload: Literal["none", "optimizer", "parameters"] = "none"
+    activation_checkpointing: Literal["none", "selective", "full"] = "none"
+    compile: bool = False
+    log_every: int = Field(10, ge=1)
+    ema_decays: tuple[Annotated[float, Field(ge=0, lt=1)], ...] = (0.9999,)
+    stop_after: int | None = Field(
+        None, ge=1, description="save and stop with exit code 75 after this step, as if preempted"
+    )
+
+
+class CheckpointConfig(Section):
+    """When checkpoints are written and how many are kept."""
+
+    every: int = Field(1000, ge=1)
+    keep: int = Field(3, ge=1)
+    asynchronous: bool = True
+
+
+class ValidationConfig(Section):
+    """Loss on held-out clips at fixed timesteps."""
+
+    path: str | None = Field(None, description="held-out dataset; null: no validation")
+    every: int = Field(1000, ge=1)
+    num_clips: int = Field(64, ge=1)
+    staircases: int = Field(8, ge=1, description="fixed FoPP timestep sequences per clip")
+
+
+class TrackingConfig(Section):
+    """Where the numbers go; metrics.jsonl is always written."""
+
+    wandb: Literal["online", "offline", "disabled"] = "offline"
+    project: str = "ardist"
+    name: str | None = None
+    tensorboard: bool = False
+
+
+class TrainConfig(Section):
+    """One training run, complete."""
+
+    task: Literal["denoiser", "ar_vae"]
+    run_dir: str
+    seed: int = Field(0, ge=0, lt=2**63)
+    denoiser: DenoiserConfig | None = None
+    ar_vae: ARVAEConfig | None = None
+    diffusion: DiffusionConfig = DiffusionConfig()
+    data: DataConfig
+    optimizer: OptimizerConfig = OptimizerConfig()
+    training: TrainingConfig = TrainingConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    validation: ValidationConfig = ValidationConfig()
+    tracking: TrackingConfig = TrackingConfig()
+    deepspeed: dict[str, Any] = Field(default_factory=dict, description="passed through to DeepSpeed, over our own")
+
+    @model_validator(mode="after")
+    def _task_has_its_model(self) -> TrainConfig:
+        if getattr(self, self.task) is None:
+            raise ValueError(f"task {self.task!r} needs a section {self.task!r}")
+        return self
+
+    @model_validator(mode="after")
+    def _lanes_divide_batch(self) -> TrainConfig:
+        batch, lanes = self.training.global_batch_size, self.data.lanes
+        if batch % lanes:
+            legal = [d for d in range(1, batch + 1) if batch % d == 0]
+            raise ValueError(
+                f"data.lanes={lanes} does not divide training.global_batch_size={batch}; legal lanes: {legal}"
+            )
+        return self
+
+
+def batch_layout(training: TrainingConfig, world_size: int) -> tuple[int, int]:
+    """(micro batch size, gradient accumulation steps) for a number of ranks; ValueError names the legal ranks."""
+    batch = training.global_batch_size
+    if batch % world_size:
+        legal = [d for d in range(1, batch + 1) if batch % d == 0]
+        raise ValueError(
+            f"global_batch_size={batch} cannot be split over {world_size} ranks; legal numbers of ranks: {legal}"
+        )
+    per_rank = batch // world_size
+    micro = (
+        math.gcd(per_rank, training.micro_batch_size)
+        if per_rank % training.micro_batch_size
+        else training.micro_batch_size
+    )
+    return micro, per_rank // micro
