@@ -15,10 +15,9 @@ console = Console(stderr=True)
 
 
 class _LineFormatter(logging.Formatter):
-    converter = time.gmtime
-
     def __init__(self) -> None:
         super().__init__("%(asctime)sZ rank%(rank)s %(levelname)s %(name)s: %(message)s", "%Y-%m-%dT%H:%M:%S")
+        self.converter = time.gmtime
 
     def format(self, record: logging.LogRecord) -> str:
         record.rank = os.environ.get("RANK", "0")
