@@ -1,0 +1,131 @@
+"""The mask's one rule against a literal loop written from the paper's words, and its closed forms against the mask."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ardist.errors import InvalidValueError
+from ardist.models.attention import AttentionLayout
+
+
+@st.composite
+def layouts(draw: st.DrawFn) -> AttentionLayout:
+    kind = draw(st.sampled_from(["strict", "released", "bidirectional"]))
+    key_start = draw(st.integers(0, 4))
+    key_stop = key_start + draw(st.integers(1, 6))
+    query_start = draw(st.integers(key_start, key_stop - 1))
+    query_stop = draw(st.integers(query_start + 1, key_stop))
+    return AttentionLayout(
+        tokens_per_frame=draw(st.integers(1, 4)),
+        query_frames=(query_start, query_stop),
+        key_frames=(key_start, key_stop),
+        context_tokens=draw(st.integers(0, 3)),
+        context_queries=draw(st.booleans()),
+        kind=kind,
+        window=None if kind == "bidirectional" else draw(st.none() | st.integers(1, 6)),
+    )
+
+
+def literal_mask(layout: AttentionLayout) -> list[list[bool]]:
+    """Token by token: None marks a context token, a number the absolute frame of a video token."""
+    length, context = layout.tokens_per_frame, [None] * layout.context_tokens
+    queries = [
+        *(context if layout.context_queries else []),
+        *(f for f in range(*layout.query_frames) for _ in range(length)),
+    ]
+    keys = [*context, *(f for f in range(*layout.key_frames) for _ in range(length))]
+
+    def sees(query: int | None, key: int | None) -> bool:
+        if key is None:
+            return True
+        if query is None:
+            return layout.kind == "released"
+        if layout.kind == "bidirectional":
+            return True
+        reach = layout.window if layout.window is not None else 10**9
+        return max(0, query - reach + 1) <= key <= query
+
+    return [[sees(query, key) for key in keys] for query in queries]
+
+
+@given(layouts())
+@settings(max_examples=200, deadline=None)
+def test_mask_and_pair_count_against_the_literal_rule(layout: AttentionLayout) -> None:
+    mask = layout.dense_mask()
+    assert mask.tolist() == literal_mask(layout)
+    assert layout.num_pairs() == int(mask.sum())
+    assert mask.any(1).all(), "every query sees at least one key"
+
+
+@given(layouts())
+@settings(max_examples=100, deadline=None)
+def test_visible_frames_are_the_rows_of_the_mask(layout: AttentionLayout) -> None:
+    length = layout.tokens_per_frame
+    mask = layout.dense_mask()[layout.num_context_queries :, layout.context_tokens :]
+    for row, frame in enumerate(range(*layout.query_frames)):
+        start, stop = layout.visible_frames(frame)
+        expected = torch.zeros(layout.num_keys - layout.context_tokens, dtype=torch.bool)
+        expected[(start - layout.key_frames[0]) * length : (stop - layout.key_frames[0]) * length] = True
+        assert torch.equal(mask[row * length], expected)
+
+
+@given(layouts())
+@settings(max_examples=100, deadline=None)
+def test_cached_rows_are_rows_of_the_training_mask(layout: AttentionLayout) -> None:
+    """What cached inference applies is a slice of what training applies, whatever frames are queried and kept."""
+    length, context = layout.tokens_per_frame, layout.context_tokens
+    num_frames = layout.key_frames[1]
+    full = AttentionLayout.training(num_frames, length, context, layout.kind, layout.window).dense_mask()
+    rows = [
+        *range(layout.num_context_queries),
+        *range(context + layout.query_frames[0] * length, context + layout.query_frames[1] * length),
+    ]
+    columns = [*range(context), *range(context + layout.key_frames[0] * length, context + num_frames * length)]
+    assert torch.equal(layout.dense_mask(), full[rows][:, columns])
+    dropped = [column for column in range(full.shape[1]) if column not in columns]
+    video_rows = rows[layout.num_context_queries :]
+    if layout.kind != "bidirectional":
+        assert layout.complete == (not full[video_rows][:, dropped].any())
+
+
+def test_reference_shape_pair_count() -> None:
+    """77 context tokens and 16 frames of 32: 589 tokens, and the count by hand."""
+    layout = AttentionLayout.training(16, 32, 77)
+    assert layout.num_queries == layout.num_keys == 589
+    assert layout.num_pairs() == 77 * 77 + 512 * 77 + 32 * 32 * (16 * 17 // 2)
+    assert AttentionLayout.training(16, 32, 77, "bidirectional").num_pairs() == 77 * 77 + 512 * (77 + 512)
+    assert AttentionLayout.training(16, 32, 77, "released").num_pairs() == layout.num_pairs() + 77 * 512
+
+
+def test_context_alone_may_ask() -> None:
+    layout = AttentionLayout(4, (0, 0), (0, 0), context_tokens=3)
+    assert layout.dense_mask().tolist() == [[True] * 3] * 3
+    assert layout.num_pairs() == 9
+    assert layout.complete
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"tokens_per_frame": 0}, r"tokens_per_frame=0 is illegal; legal: at least 1"),
+        ({"context_tokens": -1}, r"context_tokens=-1 is illegal"),
+        ({"kind": "strikt"}, r"kind='strikt' is not known \(did you mean 'strict'\?\); legal: strict, released, bidir"),
+        ({"window": 0}, r"window=0 is illegal; legal: at least 1"),
+        ({"kind": "bidirectional", "window": 2}, r"window=2 is illegal with kind='bidirectional'"),
+        ({"query_frames": (2, 1)}, r"query_frames=\(2, 1\) is illegal"),
+        ({"key_frames": (-1, 4)}, r"key_frames=\(-1, 4\) is illegal"),
+        ({"query_frames": (0, 5)}, r"query_frames=\(0, 5\) are not all among key_frames=\(0, 4\)"),
+        ({"query_frames": (1, 1)}, r"no query"),
+    ],
+)
+def test_illegal_layouts_name_the_value_and_the_legal_ones(changes: dict[str, object], message: str) -> None:
+    values: dict[str, object] = {"tokens_per_frame": 2, "query_frames": (0, 4), "key_frames": (0, 4), **changes}
+    with pytest.raises(InvalidValueError, match=message):
+        AttentionLayout(**values)  # type: ignore[arg-type]
+
+
+def test_layouts_are_hashable_values() -> None:
+    assert len({AttentionLayout.training(4, 2), AttentionLayout.training(4, 2), AttentionLayout.training(5, 2)}) == 2
