@@ -1,0 +1,1 @@
+"""Training: the loop, the DeepSpeed engine, layout-free checkpoints, sharded EMA, callbacks, tracking."""
