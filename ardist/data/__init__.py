@@ -1,0 +1,1 @@
+"""Datasets of WebDataset shards: manifest, index, exact order, verified reading, batches."""
