@@ -1,31 +1,79 @@
-"""Architecture of the AR-VAE and its presets (METHOD section 5)."""
+"""Architecture and loss of the AR-VAE, and the presets of its architecture (METHOD section 5)."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
 from ardist.config.base import Section
+from ardist.errors import did_you_mean
 
 PRESETS: dict[str, dict[str, Any]] = {
-    "tiny": {"image_size": 64, "patch_size": 8, "width": 128, "depth": 4, "num_heads": 4},
-    "small": {"image_size": 128, "patch_size": 16, "width": 384, "depth": 8, "num_heads": 6},
-    "full": {"image_size": 256, "patch_size": 16, "width": 1024, "depth": 24, "num_heads": 16},
+    "tiny": {
+        "image_size": 64,
+        "patch_size": 8,
+        "width": 128,
+        "depth": 4,
+        "num_heads": 4,
+        "codebook_size": 256,
+        "codebook_dim": 64,
+        "decoder_channels": 16,
+        "decoder_multipliers": (1, 2, 4, 4),
+        "decoder_res_blocks": 1,
+    },
+    "small": {
+        "image_size": 128,
+        "patch_size": 16,
+        "width": 384,
+        "depth": 8,
+        "num_heads": 6,
+        "codebook_size": 512,
+        "codebook_dim": 128,
+        "decoder_channels": 48,
+        "decoder_multipliers": (1, 1, 2, 2, 4),
+        "decoder_res_blocks": 1,
+    },
+    "full": {
+        "image_size": 256,
+        "patch_size": 16,
+        "width": 1024,
+        "depth": 24,
+        "num_heads": 16,
+        "codebook_size": 1024,
+        "codebook_dim": 256,
+        "decoder_channels": 128,
+        "decoder_multipliers": (1, 1, 2, 2, 4),
+        "decoder_res_blocks": 2,
+    },
 }
 
 
 class ARVAEConfig(Section):
-    """Shape of the autoencoder; ``preset`` fills in what is not given."""
+    """Shape of the autoencoder; ``preset`` fills in what is not given. Without it the shape is that of ``tiny``."""
 
     image_size: int = Field(64, ge=8, description="height and width of a frame in pixels")
     patch_size: int = Field(8, ge=2)
     width: int = Field(128, ge=8)
-    depth: int = Field(4, ge=1)
+    depth: int = Field(4, ge=1, description="transformer layers of the encoder, and as many of the decoder")
     num_heads: int = Field(4, ge=1)
-    latent_channels: int = Field(4, ge=1)
-    tokens_per_frame: int = Field(32, ge=1)
+    mlp_ratio: float = Field(4.0, gt=0)
+    latent_channels: int = Field(4, ge=2, description="channels C of one latent token")
+    tokens_per_frame: int = Field(32, ge=1, description="tokens L of one frame")
+    codebook_size: int = Field(256, ge=2, description="entries of the soft codebook")
+    codebook_dim: int = Field(64, ge=1, description="channels of one codebook entry")
+    decoder_channels: int = Field(16, ge=4, description="channels of the pixel decoder at full resolution")
+    decoder_multipliers: tuple[int, ...] = Field(
+        (1, 2, 4, 4), min_length=1, description="of decoder_channels, full resolution first; one doubling between each"
+    )
+    decoder_res_blocks: int = Field(1, ge=1, description="residual blocks at each resolution of the pixel decoder")
     temporal: bool = Field(False, description="with the temporally auto-regressive decoder blocks (stage 2)")
+    temporal_window: int | None = Field(
+        16, ge=1, description="frames a frame's decoding may look back to, itself included; null: all"
+    )
+    temporal_positions: Literal["rope", "none"] = Field(
+        "rope", description="how temporal attention knows the distance of two frames; none: only their order"
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -34,7 +82,8 @@ class ARVAEConfig(Section):
             changes = dict(values)
             name = changes.pop("preset")
             if name not in PRESETS:
-                raise ValueError(f"preset {name!r} is not known; legal: {', '.join(PRESETS)}")
+                hint = did_you_mean(str(name), PRESETS)
+                raise ValueError(f"preset {name!r} is not known{hint}; legal: {', '.join(PRESETS)}")
             return {**PRESETS[name], **changes}
         return values
 
@@ -42,6 +91,16 @@ class ARVAEConfig(Section):
     def _consistent(self) -> ARVAEConfig:
         if self.width % self.num_heads:
             raise ValueError(f"width {self.width} is not a multiple of num_heads {self.num_heads}")
+        if self.temporal_positions == "rope" and (self.width // self.num_heads) % 2:
+            raise ValueError(f"rope needs an even head size; width / num_heads is {self.width // self.num_heads}")
         if self.image_size % self.patch_size:
             raise ValueError(f"image_size {self.image_size} is not a multiple of patch_size {self.patch_size}")
+        if min(self.decoder_multipliers) < 1:
+            raise ValueError(f"decoder_multipliers {self.decoder_multipliers} must all be 1 or more")
+        upsampling = 2 ** (len(self.decoder_multipliers) - 1)
+        if upsampling != self.patch_size:
+            raise ValueError(
+                f"{len(self.decoder_multipliers)} decoder_multipliers enlarge a patch {upsampling} times, but patch_size "
+                f"is {self.patch_size}; it must be 2 to the power of (number of multipliers - 1)"
+            )
         return self
