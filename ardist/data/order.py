@@ -1,0 +1,258 @@
+"""Which samples a step takes: fixed lanes, one integer of state, no I/O.
+
+N samples in S shards are cut into blocks, the blocks of an epoch are permuted, and the result is divided into L lanes
+of P = N // L positions. Inside a lane, windows of W positions are permuted. The epoch is one stream that takes the
+lanes in turn: ``stream[c] = lane c mod L, offset c // L``. A global batch is the next G places of the stream, laid out
+lane by lane, and rank r of R takes its r-th part. So every batch is a function of (counts, seed, epoch, consumed),
+whatever R was and is, and a change of G continues the same stream.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from dataclasses import dataclass
+from typing import Any, Final, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from ardist.data.keyed import Domain, below, derive_key, permutation
+from ardist.errors import CheckpointError, ConfigError
+
+STATE_VERSION: Final = 1
+_BLOCKS_PER_LANE: Final = 4
+_CACHED_WINDOWS: Final = 8
+
+
+class Places(NamedTuple):
+    """Where the samples of some slots are: position in the epoch, shard number and row in the shard, int64 [m] each."""
+
+    positions: npt.NDArray[np.int64]
+    shards: npt.NDArray[np.int64]
+    rows: npt.NDArray[np.int64]
+
+
+def divisors(number: int) -> list[int]:
+    """All divisors in increasing order."""
+    small = [d for d in range(1, int(number**0.5) + 1) if number % d == 0]
+    return small + [number // d for d in reversed(small) if d * d != number]
+
+
+def check_layout(num_samples: int, *, lanes: int, global_batch_size: int, world_size: int = 1) -> None:
+    """Refuse a layout that cannot be served; `ConfigError` lists every problem with the arithmetic and legal values."""
+    n, count, batch, ranks = num_samples, lanes, global_batch_size, world_size
+    problems = []
+    if min(n, count, batch, ranks) < 1:
+        problems.append(f"samples={n}, lanes={count}, global_batch_size={batch} and ranks={ranks} must be at least 1")
+    else:
+        if batch % count:
+            problems.append(
+                f"{count} lanes do not divide a global batch of {batch}: {batch} = {batch // count} x {count} + "
+                f"{batch % count}; legal lanes: {divisors(batch)}; legal global batches: multiples of {count}"
+            )
+        if batch % ranks:
+            problems.append(
+                f"a global batch of {batch} cannot be split over {ranks} ranks: {batch} = {batch // ranks} x {ranks} + "
+                f"{batch % ranks}; legal numbers of ranks: {divisors(batch)}"
+            )
+        if batch > n:
+            problems.append(
+                f"the dataset has {n} samples, fewer than one global batch of {batch}; "
+                f"legal global batches: {_short(n, count)}"
+            )
+    if problems:
+        raise ConfigError("the data layout is not legal: " + "; ".join(problems))
+
+
+def _short(num_samples: int, lanes: int) -> str:
+    if lanes > num_samples:
+        return f"none with {lanes} lanes (at most {num_samples} lanes can be filled)"
+    return f"multiples of {lanes} up to {num_samples // lanes * lanes}"
+
+
+class LaneOrder:
+    """The order of one dataset for one seed, lane count and window.
+
+    counts: samples per shard, int [S]. seed: any integer of 64 bits. lanes: L >= 1. window: W >= 1.
+    Memory and opening time grow with the number of shards (or 4 L), never with the number of samples.
+    """
+
+    def __init__(self, counts: npt.ArrayLike, *, seed: int, lanes: int, window: int) -> None:
+        sizes = np.asarray(counts, np.int64)
+        if sizes.ndim != 1 or len(sizes) == 0 or sizes.min() < 1:
+            raise ConfigError("every shard must hold at least one sample, and there must be at least one shard")
+        if lanes < 1 or window < 1:
+            raise ConfigError(f"lanes={lanes} and window={window} must be at least 1")
+        self.num_samples, self.seed, self.lanes, self.window = int(sizes.sum()), seed, lanes, window
+        if lanes > self.num_samples:
+            raise ConfigError(
+                f"{lanes} lanes cannot be filled by {self.num_samples} samples; legal lanes: 1..{self.num_samples}"
+            )
+        self.lane_length = self.num_samples // lanes
+        self._block_shard, self._block_first, self._block_size = _cut_blocks(sizes, lanes, self.num_samples)
+        self._epoch = -1
+        self._block_order = self._block_end = np.empty(0, np.int64)
+        self._rotation = 0
+        self._windows: OrderedDict[tuple[int, int, int, int], npt.NDArray[np.int64]] = OrderedDict()
+
+    @property
+    def stream_length(self) -> int:
+        """L P: places of one epoch's stream."""
+        return self.lanes * self.lane_length
+
+    def steps(self, global_batch_size: int) -> int:
+        """Whole global batches of one epoch."""
+        return self.stream_length // global_batch_size
+
+    def _enter_epoch(self, epoch: int) -> None:
+        if epoch == self._epoch:
+            return
+        self._block_order = permutation(derive_key(Domain.BLOCKS, self.seed, epoch), len(self._block_size))
+        self._block_end = np.cumsum(self._block_size[self._block_order])
+        self._rotation = below(derive_key(Domain.ROTATION, self.seed, epoch), self.num_samples)
+        self._epoch = epoch
+
+    def locate(self, epoch: int, positions: npt.NDArray[np.int64]) -> Places:
+        """The samples at these positions [0, N) of an epoch, before the shuffling inside the windows."""
+        self._enter_epoch(epoch)
+        turned = (positions + self._rotation) % self.num_samples
+        slot = np.searchsorted(self._block_end, turned, side="right")
+        block = self._block_order[slot]
+        row = self._block_first[block] + turned - (self._block_end[slot] - self._block_size[block])
+        return Places(positions, self._block_shard[block], row)
+
+    def take(self, epoch: int, consumed: int, count: int, start: int = 0, stop: int | None = None) -> Places:
+        """Slots [start, stop) of the batch of `count` places of the stream that follows the first `consumed` ones.
+
+        The batch is laid out lane by lane, by offset inside a lane. It must lie inside the epoch.
+        """
+        if consumed < 0 or consumed + count > self.stream_length:
+            raise ConfigError(
+                f"places {consumed}..{consumed + count} leave the epoch, which has {self.stream_length} places"
+            )
+        places = np.arange(consumed, consumed + count, dtype=np.int64)
+        by_lane = np.argsort(places % self.lanes, kind="stable")
+        chosen = places[by_lane[start:stop]]
+        lane, offset = chosen % self.lanes, chosen // self.lanes
+        return self.locate(epoch, lane * self.lane_length + self._shuffle(epoch, lane, offset))
+
+    def _shuffle(self, epoch: int, lane: npt.NDArray[np.int64], offset: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """The offset in its lane that stands at `offset` once every window is permuted."""
+        if not len(lane):
+            return offset
+        low, high = int(lane.min()), int(lane.max()) + 1
+        window = offset // self.window
+        result = np.empty_like(offset)
+        for number in range(int(window.min()), int(window.max()) + 1):
+            here = window == number
+            first = number * self.window
+            table = self._window(epoch, number, low, high)
+            result[here] = first + table[lane[here] - low, offset[here] - first]
+        return result
+
+    def _window(self, epoch: int, number: int, low: int, high: int) -> npt.NDArray[np.int64]:
+        """Permutations of window `number` in lanes [low, high): [high - low, size]."""
+        wanted = (epoch, number, low, high)
+        table = self._windows.get(wanted)
+        if table is None:
+            size = min(self.window, self.lane_length - number * self.window)
+            key = derive_key(Domain.WINDOW, self.seed, epoch, np.arange(low, high), number)
+            table = permutation(key, size).reshape(high - low, size)
+            self._windows[wanted] = table
+            while len(self._windows) > _CACHED_WINDOWS:
+                self._windows.popitem(last=False)
+        else:
+            self._windows.move_to_end(wanted)
+        return table
+
+    def window_of(self, position: int) -> tuple[int, int]:
+        """[first, last) positions of the window that holds `position`."""
+        lane, offset = divmod(position, self.lane_length)
+        first = lane * self.lane_length + offset // self.window * self.window
+        return first, min(first + self.window, (lane + 1) * self.lane_length)
+
+    def substitute(self, epoch: int, position: int, attempt: int) -> int:
+        """The position, in the window of `position`, that is tried as its `attempt`-th substitute.
+
+        Philox 4x64 with counter (attempt, position, epoch, 0) and key (seed, domain): no state, the same everywhere.
+        """
+        mask = 0xFFFF_FFFF_FFFF_FFFF
+        # numpy adds one to the counter before it makes the first block; its raw words are the plain Philox function.
+        source = np.random.Philox(
+            counter=np.array([attempt, position, epoch, 0], np.uint64),
+            key=np.array([self.seed & mask, int(Domain.SUBSTITUTE)], np.uint64),
+        )
+        first, last = self.window_of(position)
+        return first + int(source.random_raw()) % (last - first)
+
+
+def _cut_blocks(
+    sizes: npt.NDArray[np.int64], lanes: int, total: int
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """(shard, first row, size) of each block: the shards, or runs of them where that gives fewer than 4 L blocks."""
+    number = np.arange(len(sizes), dtype=np.int64)
+    if len(sizes) >= _BLOCKS_PER_LANE * lanes:
+        return number, np.zeros(len(sizes), np.int64), sizes
+    longest = max(1, total // (_BLOCKS_PER_LANE * lanes))
+    parts = -(-sizes // longest)
+    shard = np.repeat(number, parts)
+    part = np.arange(len(shard), dtype=np.int64) - np.repeat(np.cumsum(parts) - parts, parts)
+    first = sizes[shard] * part // parts[shard]
+    last = sizes[shard] * (part + 1) // parts[shard]
+    return shard, first, last - first
+
+
+@dataclass
+class Cursor:
+    """What a run has consumed: the whole state of the data order, identical on every rank."""
+
+    manifest: str
+    seed: int
+    lanes: int
+    window: int
+    epoch: int = 0
+    consumed: int = 0
+
+    def before_batch(self, stream_length: int, count: int) -> tuple[int, int]:
+        """(epoch, consumed) where a batch of `count` begins: here, or at the start of the next epoch."""
+        if self.consumed + count > stream_length:
+            return self.epoch + 1, 0
+        return self.epoch, self.consumed
+
+    def state_dict(self) -> dict[str, Any]:
+        """About 150 bytes of JSON."""
+        return {
+            "version": STATE_VERSION,
+            "manifest": self.manifest,
+            "seed": self.seed,
+            "epoch": self.epoch,
+            "consumed": self.consumed,
+            "lanes": self.lanes,
+            "window": self.window,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from a saved state; `CheckpointError` when it belongs to another order."""
+        if state.get("version") != STATE_VERSION:
+            raise CheckpointError(
+                f"the data state has version {state.get('version')!r}; this program reads version {STATE_VERSION}"
+            )
+        ours = self.state_dict()
+        if missing := sorted(set(ours) - set(state)):
+            raise CheckpointError(f"the data state lacks {', '.join(missing)}")
+        different = [
+            f"{name} was {state[name]!r} and is now {ours[name]!r}"
+            for name in ("manifest", "seed", "lanes", "window")
+            if state[name] != ours[name]
+        ]
+        if different:
+            raise CheckpointError(
+                f"the data state belongs to another order, so it cannot be continued: {'; '.join(different)}"
+            )
+        epoch, consumed = state["epoch"], state["consumed"]
+        if not all(type(value) is int and value >= 0 for value in (epoch, consumed)) or consumed % self.lanes:
+            raise CheckpointError(
+                f"the data state has epoch {epoch!r} and consumed {consumed!r}; both are whole numbers of at least 0, "
+                f"and consumed is a multiple of {self.lanes} lanes"
+            )
+        self.epoch, self.consumed = epoch, consumed
