@@ -7,7 +7,6 @@ import sys
 import traceback
 from collections.abc import Sequence
 
-import click
 import typer
 
 from ardist import log
@@ -27,18 +26,14 @@ def run(app: typer.Typer, program: str, arguments: Sequence[str] | None = None) 
     words = [word for word in words if word != "--debug"]
     log.configure(level=logging.DEBUG if debug else logging.INFO)
     try:
-        code = app(words, prog_name=program, standalone_mode=False)
-        return code if isinstance(code, int) else 0
+        app(words, prog_name=program)  # reports usage errors itself and always ends in SystemExit
+        return 0
+    except SystemExit as end:
+        return end.code if isinstance(end.code, int) else int(end.code is not None)
     except ArdistError as error:
         _show(error, f"{program}: {error}", debug)
         return error.exit_code
-    except click.exceptions.NoArgsIsHelpError as error:
-        error.show()
-        return 2
-    except click.ClickException as error:
-        error.show()
-        return error.exit_code
-    except (KeyboardInterrupt, click.Abort):
+    except KeyboardInterrupt:
         print(f"{program}: interrupted", file=sys.stderr)
         return INTERRUPTED
     except Exception as error:  # noqa: BLE001 - the last line of defence, reported and turned into exit code 1

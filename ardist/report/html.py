@@ -9,7 +9,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 _STYLE = """
-:root { color-scheme: light dark; --ink: #1c2430; --paper: #ffffff; --soft: #5b6675; --line: #d9dee6; --accent: #2463a8; }
+:root { color-scheme: light dark;
+  --ink: #1c2430; --paper: #ffffff; --soft: #5b6675; --line: #d9dee6; --accent: #2463a8; }
 @media (prefers-color-scheme: dark) {
   :root { --ink: #e4e8ee; --paper: #14181e; --soft: #98a3b3; --line: #323a46; --accent: #7db4f0; }
 }

