@@ -1,4 +1,4 @@
-"""Architecture of the denoiser and its presets (METHOD: paper section 3.3, DiT-XL shape)."""
+"""Architecture of the denoiser and its presets (paper section 3.3; the DiT-XL shape)."""
 
 from __future__ import annotations
 
@@ -41,6 +41,7 @@ class DenoiserConfig(Section):
     window: int | None = Field(None, ge=1, description="frames a frame may look back to, itself included; null: all")
     positions: Literal["rope", "rope_1d", "sincos"] = "rope"
     max_frames: int = Field(16, ge=1, description="rows of the sincos table in frames; rope has no bound")
+    rope_theta: float = Field(100.0, gt=1, description="longest wavelength of rope over 2 pi, in frames and in tokens")
     residual: Literal["prenorm", "released"] = "prenorm"
     qk_norm: bool = True
     num_classes: int | None = Field(None, ge=1, description="class-conditional when given; the null class is one more")
@@ -63,6 +64,20 @@ class DenoiserConfig(Section):
     def _consistent(self) -> DenoiserConfig:
         if self.width % self.num_heads:
             raise ValueError(f"width {self.width} is not a multiple of num_heads {self.num_heads}")
+        if self.positions != "sincos" and (self.head_dim % 2 or self.head_dim < 8):
+            raise ValueError(
+                f"positions {self.positions!r} rotates pairs of channels: width/num_heads is {self.head_dim}, "
+                "legal: even and at least 8"
+            )
+        if self.positions == "sincos" and self.width % 2:
+            raise ValueError(f"positions 'sincos' needs an even width, not {self.width}")
+        if self.window is not None and self.mask == "bidirectional":
+            raise ValueError(f"window={self.window} has no meaning with mask 'bidirectional'; legal: null")
         if bool(self.context_tokens) != bool(self.context_dim):
             raise ValueError("context_tokens and context_dim are given together or not at all")
         return self
+
+    @property
+    def head_dim(self) -> int:
+        """Channels of one attention head."""
+        return self.width // self.num_heads

@@ -1,0 +1,155 @@
+"""One transformer block: adaLN-Zero per frame around block-causal attention and an MLP (paper section 3.3)."""
+
+from __future__ import annotations
+
+from typing import Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn.functional import gelu, layer_norm
+
+from ardist.config.denoiser import DenoiserConfig
+from ardist.models.attention import AttentionLayout, attention
+from ardist.models.positions import rotate
+
+EPS = 1e-6
+QK_EPS = 1e-5
+
+
+@runtime_checkable
+class KeyValueStore(Protocol):
+    """What a block asks of the cache of one layer during cached inference."""
+
+    def extend(
+        self, keys: Float[Tensor, "b h n d"], values: Float[Tensor, "b h n d"]
+    ) -> tuple[Float[Tensor, "b h m d"], Float[Tensor, "b h m d"]]:
+        """Take the keys and values of the tokens at hand; return those of everything that is visible."""
+
+
+class QKNorm(nn.Module):
+    """LayerNorm over the channels of each head, with one affine map for queries and one for keys."""
+
+    def __init__(self, head_dim: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(2, 1, head_dim))
+        self.bias = nn.Parameter(torch.zeros(2, 1, head_dim))
+
+    def forward(self, x: Float[Tensor, "b n 2 h d"]) -> Float[Tensor, "b n 2 h d"]:
+        """Normalise queries ``x[:, :, 0]`` and keys ``x[:, :, 1]`` per token and head."""
+        return layer_norm(x, x.shape[-1:], eps=QK_EPS) * self.weight + self.bias
+
+
+class Block(nn.Module):
+    """Attention and MLP, each shifted, scaled and gated per frame; context tokens are neither modulated nor gated.
+
+    Tokens are ``[context ; frames]``, [b, k + f*l, w]. The two halves around the attention call, `before_attention`
+    and `after_attention`, are what `ardist.models.parallelize` compiles: they know nothing of masks, caches or
+    numbers of frames.
+    """
+
+    def __init__(self, config: DenoiserConfig) -> None:
+        super().__init__()
+        width, hidden = config.width, round(config.width * config.mlp_ratio)
+        self.num_heads = config.num_heads
+        self.overwrite_with_norm = config.residual == "released"
+        self.backend = config.attention_backend
+        self.modulation = nn.Linear(width, 6 * width)
+        self.qkv = nn.Linear(width, 3 * width)
+        self.qk_norm = QKNorm(config.head_dim) if config.qk_norm else None
+        self.projection = nn.Linear(width, width)
+        self.mlp_hidden = nn.Linear(width, hidden)
+        self.mlp_output = nn.Linear(hidden, width)
+
+    def forward(
+        self,
+        tokens: Float[Tensor, "b n w"],
+        conditioning: Float[Tensor, "b f w"],
+        rotation: Float[Tensor, "2 n 2 1 p"] | None,
+        layout: AttentionLayout,
+        store: KeyValueStore | None = None,
+    ) -> Float[Tensor, "b n w"]:
+        """Tokens in, tokens out; `store` holds keys and values of tokens that are not among `tokens`."""
+        context_tokens = layout.num_context_queries
+        residual, modulation, q, k, v = self.before_attention(tokens, conditioning, rotation, context_tokens)
+        if store is not None:
+            k, v = store.extend(k, v)
+        attended = attention(q, k, v, layout, self.backend)
+        return self.after_attention(residual, modulation, attended, context_tokens)
+
+    def before_attention(
+        self,
+        tokens: Float[Tensor, "b n w"],
+        conditioning: Float[Tensor, "b f w"],
+        rotation: Float[Tensor, "2 n 2 1 p"] | None,
+        context_tokens: int,
+    ) -> tuple[
+        Float[Tensor, "b n w"],
+        Float[Tensor, "b f 6 1 w"],
+        Float[Tensor, "b h n d"],
+        Float[Tensor, "b h n d"],
+        Float[Tensor, "b h n d"],
+    ]:
+        """The residual stream, the six modulations of each frame, and rotated q, k and v."""
+        modulation = self.modulation(conditioning).unflatten(-1, (6, 1, -1))
+        normed = layer_norm(tokens, tokens.shape[-1:], eps=EPS)
+        residual = normed if self.overwrite_with_norm else tokens
+        modulated = _modulate(normed, modulation[:, :, 0], modulation[:, :, 1], context_tokens)
+        qkv = self.qkv(modulated).unflatten(-1, (3, self.num_heads, -1))
+        qk = qkv[:, :, :2]
+        if self.qk_norm is not None:
+            qk = self.qk_norm(qk)
+        if rotation is not None:
+            qk = rotate(qk, rotation)
+        q, k, v = qk[:, :, 0], qk[:, :, 1], qkv[:, :, 2]
+        return residual, modulation, q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+
+    def after_attention(
+        self,
+        residual: Float[Tensor, "b n w"],
+        modulation: Float[Tensor, "b f 6 1 w"],
+        attended: Float[Tensor, "b h n d"],
+        context_tokens: int,
+    ) -> Float[Tensor, "b n w"]:
+        """Add the gated attention branch, then the gated MLP branch."""
+        branch = self.projection(attended.transpose(1, 2).flatten(2))
+        tokens = _add_gated(residual, branch, modulation[:, :, 2], context_tokens)
+        normed = layer_norm(tokens, tokens.shape[-1:], eps=EPS)
+        residual = normed if self.overwrite_with_norm else tokens
+        modulated = _modulate(normed, modulation[:, :, 3], modulation[:, :, 4], context_tokens)
+        branch = self.mlp_output(gelu(self.mlp_hidden(modulated), approximate="tanh"))
+        return _add_gated(residual, branch, modulation[:, :, 5], context_tokens)
+
+
+def _modulate(
+    x: Float[Tensor, "b n w"], shift: Float[Tensor, "b f 1 w"], scale: Float[Tensor, "b f 1 w"], context_tokens: int
+) -> Float[Tensor, "b n w"]:
+    """``x * (1 + scale) + shift`` on the video tokens of each frame; context tokens pass as they are."""
+    # In place on a fresh product: one pass over memory less, and the plain rounding of x * (1 + scale) + shift.
+    video = (_by_frame(x, shift.shape[1], context_tokens) * (1 + scale)).add_(shift)
+    return _join(x, video, context_tokens)
+
+
+def _add_gated(
+    residual: Float[Tensor, "b n w"],
+    branch: Float[Tensor, "b n w"],
+    gate: Float[Tensor, "b f 1 w"],
+    context_tokens: int,
+) -> Float[Tensor, "b n w"]:
+    """``residual + gate * branch`` on the video tokens of each frame, ``residual + branch`` on context tokens."""
+    frames = gate.shape[1]
+    video = (_by_frame(branch, frames, context_tokens) * gate).add_(_by_frame(residual, frames, context_tokens))
+    if not context_tokens:
+        return video.flatten(1, 2)
+    return _join(residual[:, :context_tokens] + branch[:, :context_tokens], video, context_tokens)
+
+
+def _by_frame(x: Tensor, frames: int, context_tokens: int) -> Tensor:
+    """The video tokens of ``[context ; frames]`` as [b f l w], a view."""
+    return x[:, context_tokens:].unflatten(1, (frames, -1)) if frames else x[:, context_tokens:, None]
+
+
+def _join(context: Tensor, video: Tensor, context_tokens: int) -> Tensor:
+    """``[context ; frames]`` from a sequence that starts with the context and from [b f l w]."""
+    flat = video.flatten(1, 2)
+    return torch.cat([context[:, :context_tokens], flat], dim=1) if context_tokens else flat
