@@ -9,6 +9,7 @@ from pydantic import Field, model_validator
 
 from ardist.config.ar_vae import ARVAEConfig
 from ardist.config.base import Section
+from ardist.config.data import DataConfig
 from ardist.config.denoiser import DenoiserConfig
 
 Law = Literal["fopp", "synchronous", "independent", "uniform_monotone"]
@@ -30,19 +31,6 @@ class DiffusionConfig(Section):
         if isinstance(self.law, dict) and (not self.law or min(self.law.values()) < 0 or sum(self.law.values()) <= 0):
             raise ValueError("the weights of a mixture of laws must not be negative and need a positive sum")
         return self
-
-
-class DataConfig(Section):
-    """Which dataset is read and in which order (DATA: fixed lanes)."""
-
-    path: str = Field(description="dataset folder or s3:// prefix that holds manifest.json")
-    lanes: int = Field(8, ge=1, description="L, fixed for the life of a run; divides the global batch size")
-    window: int = Field(256, ge=1, description="W, samples of one shuffle window of a lane")
-    fetch_threads: int = Field(2, ge=1, le=16)
-    prefetch_bytes: int = Field(256 * 2**20, ge=2**20)
-    cache_dir: str | None = Field(None, description="local cache of remote shards; null: the user's cache folder")
-    cache_bytes: int = Field(50 * 2**30, ge=0)
-    max_bad_fraction: Fraction = 1e-3
 
 
 class OptimizerConfig(Section):
@@ -70,11 +58,33 @@ class TrainingConfig(Section):
     offload: Literal["none", "optimizer", "parameters"] = "none"
     activation_checkpointing: Literal["none", "selective", "full"] = "none"
     compile: bool = False
+    guard: Literal["deepspeed", "device"] = Field(
+        "deepspeed",
+        description="who skips a step with a non-finite gradient; device: no host reads, ZeRO 0-2 only",
+    )
+    max_skipped_in_row: int = Field(20, ge=1, description="stop with a report after this many skipped steps in a row")
     log_every: int = Field(10, ge=1)
     ema_decays: tuple[Annotated[float, Field(ge=0, lt=1)], ...] = (0.9999,)
     stop_after: int | None = Field(
         None, ge=1, description="save and stop with exit code 75 after this step, as if preempted"
     )
+
+    @model_validator(mode="after")
+    def _possible(self) -> TrainingConfig:
+        problems = []
+        if self.zero_stage == 3 and self.guard == "device":
+            problems.append("guard: device works with zero_stage 0, 1 and 2; ZeRO-3 always checks by itself")
+        if self.offload == "optimizer" and self.zero_stage == 0:
+            problems.append("offload: optimizer needs zero_stage 1, 2 or 3")
+        if self.offload == "parameters" and self.zero_stage != 3:
+            problems.append("offload: parameters needs zero_stage 3")
+        if self.offload != "none" and self.guard == "device":
+            problems.append("guard: device needs the optimiser on the device; legal with offload: deepspeed")
+        if self.precision == "fp16" and self.guard == "device":
+            problems.append("guard: device cannot drive the loss scale of fp16; legal with fp16: deepspeed")
+        if problems:
+            raise ValueError("; ".join(problems))
+        return self
 
 
 class CheckpointConfig(Section):

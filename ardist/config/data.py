@@ -1,0 +1,25 @@
+"""Which dataset is read, in which order, and with which limits."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from ardist.config.base import Section
+
+
+class DataConfig(Section):
+    """Which dataset is read and in which order (DATA: fixed lanes)."""
+
+    path: str = Field(description="dataset folder or s3:// prefix that holds manifest.json")
+    lanes: int = Field(8, ge=1, description="L, fixed for the life of a run; divides the global batch size")
+    window: int = Field(256, ge=1, description="W, samples of one shuffle window of a lane")
+    fetch_threads: int = Field(2, ge=1, le=16)
+    prefetch_bytes: int = Field(256 * 2**20, ge=2**20, description="bound of all batch buffers of one rank")
+    cache_dir: str | None = Field(None, description="local cache of remote shards; null: the user's cache folder")
+    cache_bytes: int = Field(50 * 2**30, ge=0)
+    max_bad_fraction: float = Field(1e-3, ge=0, le=1, description="of the last 10,000 samples; more stops the run")
+    missing_shards: Literal["fail", "substitute"] = Field(
+        "fail", description="fail: stop at the start and list them; substitute: serve other samples in their place"
+    )
