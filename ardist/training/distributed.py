@@ -76,7 +76,7 @@ def environment() -> tuple[int, int, int]:
 
 
 def prepare_environment() -> None:
-    """Choose DeepSpeed's accelerator before DeepSpeed is imported, and keep it from compiling what gloo does not need."""
+    """Choose DeepSpeed's accelerator and log level; to be called before DeepSpeed is imported."""
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -98,7 +98,7 @@ def start(timeout_minutes: float = 30.0) -> World:
     try:
         if size == 1:
             # A store of its own: a single process needs no port, so that many can run beside each other.
-            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+            dist.init_process_group(backend, store=torch._C._distributed_c10d.HashStore(), rank=0, world_size=1, timeout=timeout)
         else:
             dist.init_process_group(backend, timeout=timeout)
     except (RuntimeError, ValueError) as error:

@@ -17,7 +17,13 @@ from typing import Any
 from ardist.training import distributed
 
 distributed.prepare_environment()
-import deepspeed  # noqa: F401  (imported once, here, so that a forked rank starts in milliseconds)
+# Imported once, here, so that a forked rank starts in milliseconds.
+import deepspeed  # noqa: E402, F401
+from deepspeed.ops import __compatible_ops__  # noqa: E402
+
+if "deepspeed_shm_comm" in __compatible_ops__:
+    # Without this the first gloo rank compiles a shared-memory all-reduce for most of a minute.
+    __compatible_ops__["deepspeed_shm_comm"] = False
 
 _context = multiprocessing.get_context("fork")
 
@@ -110,11 +116,6 @@ def _main(function: Callable[..., Any], args: tuple[Any, ...], env: Mapping[str,
     os.environ.update(env)
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_DFL)
-    from deepspeed.ops import __compatible_ops__
-
-    # Without this the first gloo rank compiles a shared-memory all-reduce for most of a minute.
-    if "deepspeed_shm_comm" in __compatible_ops__:
-        __compatible_ops__["deepspeed_shm_comm"] = False
     try:
         result, code = (function(*args), None), 0
     except BaseException:  # noqa: BLE001  (a test harness reports everything, SystemExit too)

@@ -32,7 +32,7 @@ def _raise_on_rank_one() -> None:
 
 
 def test_an_exception_names_its_rank() -> None:
-    with pytest.raises(RankError, match="rank 1 .exit code 1.(.|\n)*broken on purpose"):
+    with pytest.raises(RankError, match=r"rank 1 .exit code 1.(.|\n)*broken on purpose"):
         run_ranks(_raise_on_rank_one, 2)
 
 

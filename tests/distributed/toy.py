@@ -1,0 +1,99 @@
+"""A small model, configuration and data for tests of the engine, fragments and checkpoints."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ardist.config import TrainConfig
+from ardist.training import distributed
+from ardist.training.engine import Engine, StepOutcome
+
+
+class Toy(nn.Module):
+    """Two layers with a norm, an embedding-like table and an odd number of elements here and there."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Parameter(torch.randn(3, 7) * 0.1)
+        self.first = nn.Linear(7, 33)
+        self.norm = nn.LayerNorm(33)
+        self.second = nn.Linear(33, 7)
+
+    def forward(self, x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+        x = x + self.table[index]
+        y: torch.Tensor = self.second(torch.tanh(self.norm(self.first(x))))
+        return y
+
+
+def toy_config(run_dir: Path | str = "unused", **training: Any) -> TrainConfig:
+    """A run of the toy: global batch 12, accumulation 2 on two ranks."""
+    defaults: dict[str, Any] = {
+        "steps": 8,
+        "global_batch_size": 12,
+        "micro_batch_size": 3,
+        "precision": "fp32",
+        "ema_decays": (0.9, 0.99),
+    }
+    optimizer = {"lr": 1e-2, "weight_decay": 0.1, "grad_clip": 1.0}
+    return TrainConfig.model_validate(
+        {
+            "task": "denoiser",
+            "run_dir": str(run_dir),
+            "denoiser": {"preset": "tiny"},
+            "data": {"path": "unused", "lanes": 4},
+            "optimizer": optimizer,
+            "training": {**defaults, **training},
+        }
+    )
+
+
+def toy_engine(config: TrainConfig) -> Engine:
+    """An engine around the toy, its weights a function of nothing."""
+    world = distributed.start()
+    torch.manual_seed(0)
+    return Engine(Toy(), config, world)
+
+
+def toy_step(engine: Engine, step: int, *, poison: bool = False) -> tuple[float, StepOutcome]:
+    """One optimiser step on the global batch number `step`; returns its mean loss over all ranks and the outcome."""
+    generator = torch.Generator().manual_seed(1000 + step)
+    size = engine.config.training.global_batch_size
+    x = torch.randn(size, 7, generator=generator)
+    y = x.flip(1) * 0.5
+    index = torch.randint(0, 3, (size,), generator=generator)
+    per_rank = size // engine.world.size
+    low = engine.world.rank * per_rank
+    losses = []
+    for micro in range(engine.accumulation):
+        rows = slice(low + micro * engine.micro_batch_size, low + (micro + 1) * engine.micro_batch_size)
+        output = engine(x[rows].to(engine.dtype), index[rows])
+        loss = (output.float() - y[rows]).square().mean()
+        if poison and micro == 0:
+            loss = loss * float("nan")
+        engine.backward(loss)
+        losses.append(loss.detach())
+    outcome = engine.step(lr=1e-2)
+    return float(engine.world.mean(torch.stack(losses).mean())), outcome
+
+
+def masters(engine: Engine) -> dict[str, torch.Tensor]:
+    """The full fp32 master weights on every rank."""
+    return gather(engine, [engine.fragments.master(run) for run in engine.fragments.owned])
+
+
+def gather(engine: Engine, stretches: list[torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Full tensors of every parameter from tensors laid out like the owned runs."""
+    pieces = []
+    for run, stretch in zip(engine.fragments.owned, stretches, strict=True):
+        for name, start, length, offset in run.fragments:
+            pieces.append((name, start, stretch[offset : offset + length].clone()))
+    full = {name: torch.full((math.prod(shape),), math.nan) for name, shape in engine.fragments.shapes.items()}
+    for rank_pieces in engine.world.all_gather(pieces):
+        for name, start, values in rank_pieces:
+            full[name][start : start + values.numel()] = values
+    return full
