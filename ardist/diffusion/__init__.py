@@ -1,0 +1,1 @@
+"""The mathematics of AR-Diffusion: torch only, no files, no process group."""
