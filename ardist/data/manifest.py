@@ -18,6 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from ardist.config.base import canonical_digest
 from ardist.data.errors import ManifestError
 from ardist.data.sample import SampleDtype
+from ardist.storage import open_storage
 
 MANIFEST_NAME: Final = "manifest.json"
 SCHEMA_VERSION: Final = 1
@@ -177,8 +178,6 @@ def parse_manifest(data: bytes, source: str) -> Manifest:
 
 def load_manifest(url: str | os.PathLike[str]) -> Manifest:
     """Read and check ``manifest.json`` of a dataset folder or ``s3://`` prefix."""
-    from ardist.storage import open_storage
-
     storage = open_storage(os.fspath(url))
     return parse_manifest(storage.read(MANIFEST_NAME), f"{storage.url}/{MANIFEST_NAME}")
 

@@ -22,6 +22,7 @@ from ardist.errors import CheckpointError, ConfigError
 STATE_VERSION: Final = 1
 _BLOCKS_PER_LANE: Final = 4
 _CACHED_WINDOWS: Final = 8
+_TRIES_IN_WINDOW: Final = 32
 
 
 class Places(NamedTuple):
@@ -172,9 +173,11 @@ class LaneOrder:
         return first, min(first + self.window, (lane + 1) * self.lane_length)
 
     def substitute(self, epoch: int, position: int, attempt: int) -> int:
-        """The position, in the window of `position`, that is tried as its `attempt`-th substitute.
+        """The position that is tried as the `attempt`-th substitute of `position`.
 
-        Philox 4x64 with counter (attempt, position, epoch, 0) and key (seed, domain): no state, the same everywhere.
+        It lies in the same window, so that the samples at hand suffice; only when 32 of those were refused is it any
+        position of the epoch. Philox 4x64 with counter (attempt, position, epoch, 0) and key (seed, domain): no state,
+        the same on every rank.
         """
         mask = 0xFFFF_FFFF_FFFF_FFFF
         # numpy adds one to the counter before it makes the first block; its raw words are the plain Philox function.
@@ -182,7 +185,7 @@ class LaneOrder:
             counter=np.array([attempt, position, epoch, 0], np.uint64),
             key=np.array([self.seed & mask, int(Domain.SUBSTITUTE)], np.uint64),
         )
-        first, last = self.window_of(position)
+        first, last = self.window_of(position) if attempt < _TRIES_IN_WINDOW else (0, self.num_samples)
         return first + int(source.random_raw()) % (last - first)
 
 

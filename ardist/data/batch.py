@@ -1,0 +1,85 @@
+"""What a loader hands out, and the reused memory behind it."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any, Final, cast
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from ardist.data.sample import NUMPY_DTYPES, TORCH_DTYPES, SampleDtype, npy_header
+
+HEADER_ROOM: Final = 512
+"""Bytes kept for the npy header of a row; the longest that is read."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One rank's samples of one optimiser step.
+
+    values: [m, F, L, C] latents or [m, F, H, W, 3] pixels in the stored dtype, in a reused (pinned where CUDA is
+    there) buffer: valid until the next batch is asked for. sample_ids: int64 [m], the 64 bits of the keys.
+    class_ids: int64 [m], -1 where a sample has no label, or None for a dataset without classes.
+    context: text embeddings [m, K, D] or None.
+    """
+
+    values: torch.Tensor
+    sample_ids: torch.Tensor
+    epoch: int
+    class_ids: torch.Tensor | None = None
+    context: torch.Tensor | None = None
+
+
+@dataclass
+class RowBuffer:
+    """Memory for m samples of one shape: npy headers and values apart, so that the values are one dense tensor."""
+
+    rows: int
+    shape: tuple[int, ...]
+    dtype: SampleDtype
+    pinned: bool = False
+    values: torch.Tensor = field(init=False)
+    heads: npt.NDArray[np.uint8] = field(init=False)
+    keys: npt.NDArray[np.uint64] = field(init=False)
+    class_ids: npt.NDArray[np.int64] = field(init=False)
+    targets: list[list[memoryview]] = field(init=False)
+    """Per row the two pieces that one read fills: header and values."""
+
+    def __post_init__(self) -> None:
+        count = math.prod(self.shape)
+        self.values = torch.empty((self.rows, *self.shape), dtype=TORCH_DTYPES[self.dtype], pin_memory=self.pinned)
+        raw = self.values.view(self.rows, count).view(torch.uint8).numpy()
+        # Touch the pages now: the first write to fresh memory is ten times slower than later ones.
+        raw.fill(0)
+        self.bits = raw.view(NUMPY_DTYPES["bfloat16" if self.dtype != "uint8" else "uint8"])
+        self.expected = np.frombuffer(npy_header(self.shape, self.dtype), np.uint8)
+        self.header_length = len(self.expected)
+        self.heads = np.zeros((self.rows, HEADER_ROOM), np.uint8)
+        self.keys = np.zeros(self.rows, np.uint64)
+        self.class_ids = np.zeros(self.rows, np.int64)
+        self.payload = [memoryview(cast(Any, raw[row])) for row in range(self.rows)]
+        heads = [memoryview(cast(Any, row))[: self.header_length] for row in self.heads]
+        self.targets = [[head, values] for head, values in zip(heads, self.payload, strict=True)]
+        self._scratch = np.empty_like(self.bits[:1]) if self.dtype != "uint8" else None
+
+    @staticmethod
+    def bytes_for(rows: int, shape: tuple[int, ...], dtype: SampleDtype) -> int:
+        """Memory that one buffer takes."""
+        return rows * (math.prod(shape) * NUMPY_DTYPES[dtype].itemsize + HEADER_ROOM + 16)
+
+    def nonfinite_rows(self, first: int, last: int) -> list[int]:
+        """Which of the rows [first, last) hold an infinity or NaN: an exponent of all ones."""
+        if self._scratch is None:
+            return []
+        mask = np.uint16(0x7C00 if self.dtype == "float16" else 0x7F80)
+        found: list[int] = []
+        scratch: Any = self._scratch[0]
+        for row in range(first, last):
+            # One row at a time stays in the first-level cache and needs no second buffer of the batch's size.
+            np.bitwise_and(self.bits[row], mask, out=scratch)
+            if scratch.max() == mask:
+                found.append(row)
+        return found
