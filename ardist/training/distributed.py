@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import sys
@@ -32,20 +33,27 @@ class World:
         return self.rank == 0
 
     def all_gather(self, value: Any, group: Any = None) -> list[Any]:
-        """Every rank's `value` in rank order (small picklable objects, over the control group)."""
-        if self.size == 1:
-            return [value]
-        values: list[Any] = [None] * self.size
-        dist.all_gather_object(values, value, group=group or self.control)
-        return values
+        """Every rank's `value` in rank order, over the control group or another gloo group.
 
-    def broadcast(self, value: Any) -> Any:
-        """Rank 0's `value` on every rank."""
+        Values travel as JSON (tuples arrive as lists): nothing is ever unpickled.
+        """
         if self.size == 1:
-            return value
-        box = [value]
-        dist.broadcast_object_list(box, src=0, group=self.control)
-        return box[0]
+            return [json.loads(json.dumps(value))]
+        group = group or self.control
+        data = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
+        sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(self.size)]
+        dist.all_gather(sizes, torch.tensor([data.numel()]), group=group)
+        longest = max(int(size) for size in sizes)
+        padded = torch.zeros(longest, dtype=torch.uint8)
+        padded[: data.numel()] = data
+        rows = [torch.empty(longest, dtype=torch.uint8) for _ in range(self.size)]
+        dist.all_gather(rows, padded, group=group)
+        texts = [bytes(row[: int(size)].tolist()) for row, size in zip(rows, sizes, strict=True)]
+        return [json.loads(text) for text in texts]
+
+    def broadcast(self, value: Any, group: Any = None) -> Any:
+        """Rank 0's `value` (as JSON) on every rank."""
+        return self.all_gather(value if self.is_main else None, group)[0]
 
     def barrier(self) -> None:
         """Wait for every rank."""
@@ -98,7 +106,9 @@ def start(timeout_minutes: float = 30.0) -> World:
     try:
         if size == 1:
             # A store of its own: a single process needs no port, so that many can run beside each other.
-            dist.init_process_group(backend, store=torch._C._distributed_c10d.HashStore(), rank=0, world_size=1, timeout=timeout)
+            dist.init_process_group(
+                backend, store=torch._C._distributed_c10d.HashStore(), rank=0, world_size=1, timeout=timeout
+            )
         else:
             dist.init_process_group(backend, timeout=timeout)
     except (RuntimeError, ValueError) as error:

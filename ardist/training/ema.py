@@ -1,4 +1,4 @@
-"""Exponential moving averages of the weights, kept in fragments: each rank holds the part it owns, nothing is gathered."""
+"""Averages of the weights, kept in fragments: each rank holds the part it owns and nothing is gathered."""
 
 from __future__ import annotations
 

@@ -18,7 +18,9 @@ from ardist.training import distributed
 
 distributed.prepare_environment()
 # Imported once, here, so that a forked rank starts in milliseconds.
-import deepspeed  # noqa: E402, F401
+import deepspeed  # noqa: E402
+import deepspeed.runtime.zero.muon.original_muon  # noqa: E402, F401
+import torch._dynamo  # noqa: E402, F401
 from deepspeed.ops import __compatible_ops__  # noqa: E402
 
 if "deepspeed_shm_comm" in __compatible_ops__:

@@ -110,13 +110,13 @@ def _exchange(stage: int, precision: str) -> dict[str, bool]:
         output = engine(x, index)
         engine.fragments.exchange(ema.buffers[0.9])
         swapped, swapped_output = masters(engine), engine(x, index)
-        everywhere = engine.world.all_gather(swapped_output)
+        everywhere = engine.world.all_gather(swapped_output.tolist())
         engine.fragments.exchange(ema.buffers[0.9])
         back = engine(x, index)
     return {
         "shows ema": all(torch.equal(swapped[name], average[name]) for name in average),
         "output moved": not torch.equal(output, swapped_output),
-        "same on all ranks": all(torch.equal(everywhere[0], other) for other in everywhere),
+        "same on all ranks": all(everywhere[0] == other for other in everywhere),
         "restored": torch.equal(output, back) and all(torch.equal(v, raw[n]) for n, v in masters(engine).items()),
     }
 

@@ -88,12 +88,10 @@ def masters(engine: Engine) -> dict[str, torch.Tensor]:
 
 def gather(engine: Engine, stretches: list[torch.Tensor]) -> dict[str, torch.Tensor]:
     """Full tensors of every parameter from tensors laid out like the owned runs."""
-    pieces = []
+    full = {name: torch.zeros(math.prod(shape)) for name, shape in engine.fragments.shapes.items()}
     for run, stretch in zip(engine.fragments.owned, stretches, strict=True):
         for name, start, length, offset in run.fragments:
-            pieces.append((name, start, stretch[offset : offset + length].clone()))
-    full = {name: torch.full((math.prod(shape),), math.nan) for name, shape in engine.fragments.shapes.items()}
-    for rank_pieces in engine.world.all_gather(pieces):
-        for name, start, values in rank_pieces:
-            full[name][start : start + values.numel()] = values
+            full[name][start : start + length] = stretch[offset : offset + length]
+    for values in full.values():
+        torch.distributed.all_reduce(values)  # every element lies on one rank only, so the sum is exact
     return full

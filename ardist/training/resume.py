@@ -1,0 +1,140 @@
+"""Loading a checkpoint into any layout: every ZeRO stage and every number of ranks, without a conversion."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+
+from ardist.errors import CheckpointError
+from ardist.events import events
+from ardist.training import commit as commits
+from ardist.training.commit import Commit
+from ardist.training.distributed import World
+from ardist.training.ema import ShardedEMA
+from ardist.training.fragments import MOMENTS, Fragments
+from ardist.training.parts import EXTRA_FILE, PartsReader, ema_kind
+
+
+def find(root: Path, world: World) -> tuple[Path, Commit] | None:
+    """The newest checkpoint with a valid commit and undamaged parts, agreed by all ranks (collective); None if there
+    is none at all. The ranks share the hashing. A bad candidate is counted, said, moved aside, and the one before
+    is taken; when only bad ones exist, `CheckpointError`."""
+    names = world.broadcast([str(path) for path in commits.candidates(root)] if world.is_main else None)
+    rejected = []
+    for path in map(Path, names):
+        commit, problem = None, None
+        try:
+            commit = commits.read_commit(path)
+            mine = commit.parts[world.rank :: world.size]
+            problem = next(filter(None, (commits.check_part(path, part) for part in mine)), None)
+        except CheckpointError as error:
+            problem = str(error)
+        problem = next(filter(None, world.all_gather(problem)), None)
+        if problem is None and commit is not None:
+            return path, commit
+        rejected.append((path, problem))
+        if world.is_main:
+            events.count("checkpoint.fallback", path=path, reason=problem)
+    if rejected:
+        lines = "".join(f"\n  {path.name}: {problem}" for path, problem in rejected)
+        raise CheckpointError(f"none of the checkpoints in {root} is readable:{lines}")
+    return None
+
+
+def set_aside_newer(root: Path, step: int) -> None:
+    """Rank 0: rename unreadable checkpoints newer than `step`, so that the run may write those steps again."""
+    for path in commits.candidates(root):
+        if commits.step_of(path) > step:
+            os.rename(path, path.with_name(f"{path.name}.damaged-{os.urandom(3).hex()}"))
+
+
+@torch.no_grad()
+def restore(path: Path, commit: Commit, fragments: Fragments, ema: ShardedEMA | None) -> None:
+    """Fill an engine of any layout from a checkpoint: masters, moments, step counts, EMA, buffers, working weights.
+
+    Each rank reads only the bytes of its own fragments. Collective.
+    """
+    files = [part.file for part in commit.parts if part.file != EXTRA_FILE]
+    reader = PartsReader(path, files, commit.shapes)
+    _read_weights(reader, "master", fragments)
+    if MOMENTS[0] in commit.kinds:
+        fragments.create_moments()
+        for run in fragments.held:
+            for kind in MOMENTS:
+                target = fragments.moment(run, kind)
+                for fragment in run.fragments:
+                    stretch = target.narrow(0, fragment.offset, fragment.length)
+                    reader.read_into(kind, fragment.name, fragment.start, stretch)
+        fragments.set_steps(commit.adam_steps)
+    else:
+        fragments.drop_moments()
+    if ema is not None:
+        missing = sorted(set(ema.decays) - set(commit.ema_decays))
+        if missing:
+            raise CheckpointError(
+                f"{path} has no EMA of decay {missing}; it has {list(commit.ema_decays)}. Set training.ema_decays to "
+                "those, or start a new run with --init-from"
+            )
+        for decay, buffers in ema.buffers.items():
+            for run, buffer in zip(fragments.owned, buffers, strict=True):
+                for fragment in run.fragments:
+                    stretch = buffer.narrow(0, fragment.offset, fragment.length)
+                    reader.read_into(ema_kind(decay), fragment.name, fragment.start, stretch)
+        ema.set_updates(commit.ema_updates)
+    _restore_extras(path, commit, fragments)
+    fragments.refresh_working_weights()
+
+
+@torch.no_grad()
+def load_weights(path: Path, commit: Commit, fragments: Fragments, kind: str = "master") -> None:
+    """Weights only (``--init-from``): masters from the checkpoint's `kind`, no optimiser state. Collective."""
+    files = [part.file for part in commit.parts if part.file != EXTRA_FILE]
+    _read_weights(PartsReader(path, files, commit.shapes), kind, fragments)
+    _restore_extras(path, commit, fragments)
+    fragments.refresh_working_weights()
+
+
+def _read_weights(reader: PartsReader, kind: str, fragments: Fragments) -> None:
+    difference = shape_difference(reader.shapes, fragments.shapes)
+    if difference:
+        raise CheckpointError(f"{reader.directory} belongs to another model: {difference}")
+    if kind not in reader.kinds:
+        raise CheckpointError(f"{reader.directory} holds no {kind!r}; it holds {sorted(reader.kinds)}")
+    for run in fragments.held:
+        target = fragments.master(run)
+        for fragment in run.fragments:
+            stretch = target.narrow(0, fragment.offset, fragment.length)
+            reader.read_into(kind, fragment.name, fragment.start, stretch)
+
+
+def shape_difference(saved: Mapping[str, list[int]], wanted: Mapping[str, list[int]]) -> str:
+    """First few differences between two sets of parameter shapes; empty when they are equal."""
+    lines = [f"{name!r} is missing there" for name in wanted if name not in saved]
+    lines += [f"{name!r} is not in this model" for name in saved if name not in wanted]
+    lines += [
+        f"{name!r} is {list(saved[name])} there and {list(shape)} here"
+        for name, shape in wanted.items()
+        if name in saved and list(saved[name]) != list(shape)
+    ]
+    return "; ".join(lines[:3]) + (f"; and {len(lines) - 3} more" if len(lines) > 3 else "")
+
+
+def _restore_extras(path: Path, commit: Commit, fragments: Fragments) -> None:
+    if not any(part.file == EXTRA_FILE for part in commit.parts):
+        return
+    from deepspeed.zero import GatheredParameters
+    from safetensors.torch import load_file
+
+    values = load_file(path / EXTRA_FILE)
+    module = fragments.engine.module
+    targets: dict[str, torch.Tensor] = dict(module.named_buffers())
+    targets |= {name: p for name, p in module.named_parameters() if not p.requires_grad}
+    partitioned = [t for n, t in targets.items() if n in values and hasattr(t, "ds_id")]
+    with GatheredParameters(partitioned, modifier_rank=0, enabled=bool(partitioned)):
+        for name, value in values.items():
+            if name not in targets:
+                raise CheckpointError(f"{path} holds {name!r}, which this model does not have")
+            targets[name].data.copy_(value)
