@@ -138,7 +138,9 @@ def integers(
     return (scale_to_range(words, high - low) + low).reshape(sample_ids.shape[0], *shape)
 
 
-def bernoulli(seed: int, epoch: int, sample_ids: Int64[Tensor, " b"], purpose: int, p: float) -> Bool[Tensor, " b"]:
+def bernoulli(
+    seed: int, epoch: int, sample_ids: Int64[Tensor, " b"], purpose: int, p: float | int
+) -> Bool[Tensor, " b"]:
     """True with probability `p` in [0, 1] (rounded to a multiple of 2^-32), one value per sample."""
     if not 0 <= p <= 1:
         raise InvalidValueError(f"p={p} is no probability; legal: 0..1")
@@ -166,10 +168,10 @@ def _check_address(seed: int, epoch: int, purpose: int, count: int, offset: int)
 # nodes, whose own error is below 1e-9.
 _Q = 30
 _LN2_Q46 = 48775896626292
-_LOG = (536870912, 134217657, 44741986, 16735943, 7026805, 1400848)  # -log(1 - g/2) / g, 0 <= g <= 1
-_LOG += (4980372, -5900905, 6963554, -3935903, 1159848)
-_COS = (1073741824, -1324675869, 272375234, -22398330, 970265)  # cos(pi/2 y) in powers of y^2, |y| <= 1/2
-_SIN = (1686629713, -693598667, 85569259, -5026471, 169873)  # sin(pi/2 y) / y in powers of y^2
+# -log(1 - g/2) / g for 0 <= g <= 1; cos(pi/2 y) and sin(pi/2 y) / y in powers of y^2 for |y| <= 1/2
+_LOG = (536870912, 134217657, 44741986, 16735943, 7026805, 1400848, 4980372, -5900905, 6963554, -3935903, 1159848)
+_COS = (1073741824, -1324675869, 272375234, -22398330, 970265)
+_SIN = (1686629713, -693598667, 85569259, -5026471, 169873)
 
 
 def _polynomial(coefficients: tuple[int, ...], x: Tensor, fraction_bits: int) -> Tensor:

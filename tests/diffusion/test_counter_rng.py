@@ -10,6 +10,7 @@ import sys
 
 import pytest
 import torch
+
 from ardist.diffusion.counter_rng import (
     Purpose,
     _box_muller,
