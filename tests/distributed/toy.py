@@ -11,7 +11,10 @@ from torch import nn
 
 from ardist.config import TrainConfig
 from ardist.training import distributed
+from ardist.training.checkpoint import Snapshot
+from ardist.training.ema import ShardedEMA
 from ardist.training.engine import Engine, StepOutcome
+from ardist.training.fragments import MOMENTS
 
 
 class Toy(nn.Module):
@@ -95,3 +98,25 @@ def gather(engine: Engine, stretches: list[torch.Tensor]) -> dict[str, torch.Ten
     for values in full.values():
         torch.distributed.all_reduce(values)  # every element lies on one rank only, so the sum is exact
     return full
+
+
+def snapshot(step: int) -> Snapshot:
+    """A snapshot with no configuration and a recognisable state."""
+    return Snapshot(step, config={}, config_digest="0", manifest_digest=None, state={"data": {"consumed": step * 12}})
+
+
+def state_of(engine: Engine, ema: ShardedEMA) -> dict[str, dict[str, torch.Tensor]]:
+    """Everything that a checkpoint must bring back, gathered."""
+    runs = engine.fragments.owned
+    state = {"master": masters(engine)}
+    if engine.fragments.has_moments():
+        for kind in MOMENTS:
+            state[kind] = gather(engine, [engine.fragments.moment(run, kind) for run in runs])
+    for decay, buffers in ema.buffers.items():
+        state[f"ema_{decay:g}"] = gather(engine, buffers)
+    return state
+
+
+def same_state(a: dict[str, dict[str, torch.Tensor]], b: dict[str, dict[str, torch.Tensor]]) -> bool:
+    """Bit equality of two gathered states."""
+    return a.keys() == b.keys() and all(torch.equal(a[kind][name], b[kind][name]) for kind in a for name in a[kind])
