@@ -1,0 +1,1 @@
+"""Builds, checks and describes datasets of WebDataset shards from videos: ``python -m data_tools --help``."""

@@ -1,0 +1,235 @@
+"""From an address of videos to a frozen plan, each step one object that is created once and never changed."""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+import json
+import os
+import subprocess
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from ardist import fault
+from ardist.data.manifest import MANIFEST_NAME
+from ardist.errors import ConfigError, DataError
+from ardist.media import ffmpeg_binary
+from ardist.storage import MissingObjectError, Storage
+from data_tools import layout
+from data_tools.labels import Labels
+from data_tools.parameters import BuildParameters
+from data_tools.plan import Plan, Source, make_plan, parse_sources, source_lines
+from data_tools.probe import ProbeCaps, VideoFacts
+from data_tools.probe_pool import probe_all
+from data_tools.reasons import Reason, Refusal
+from data_tools.shard import local_copy
+from data_tools.sources import Listed, SourceRoot, list_sources
+
+CHUNK = 256
+"""Listed files whose probe results make one object."""
+
+_EXPLAINED = {
+    Reason.VANISHED: "gone when it was listed (a broken link?)",
+    Reason.UNREADABLE: "cannot be looked at",
+    Reason.NOT_A_FILE: "a folder, FIFO, socket or device",
+    Reason.EMPTY: "zero bytes",
+}
+
+
+@dataclass(frozen=True)
+class Claim:
+    """What an output folder is for; the first builder writes it, all others compare."""
+
+    videos: str
+    parameters: BuildParameters
+
+    def settings(self) -> dict[str, Any]:
+        """Flat names and values, for a comparison that people can read."""
+        fields = self.parameters.model_dump(mode="json")
+        encoder = fields.pop("encoder")
+        return {"videos": self.videos, **{f"encoder.{name}": value for name, value in encoder.items()}, **fields}
+
+
+def take(out: Storage, claim: Claim) -> None:
+    """Write the claim, or check that the one that stands is the same; `ConfigError` shows the difference."""
+    ours = json.dumps(claim.settings(), indent=1).encode()
+    if not out.exists(layout.CLAIM) and any(out.exists(name) for name in (MANIFEST_NAME, layout.PLAN)):
+        raise ConfigError(f"{out.url} holds another dataset that this tool did not build; choose another --out")
+    if out.create(layout.CLAIM, ours):
+        return
+    try:
+        standing = json.loads(out.read(layout.CLAIM))
+    except ValueError as error:
+        raise DataError(f"{out.url}/{layout.CLAIM} is damaged: {error}") from None
+    settings = claim.settings()
+    different = [name for name in {**standing, **settings} if standing.get(name) != settings.get(name)]
+    if different:
+        lines = [f"  {name}: built with {standing.get(name)!r}, asked for {settings.get(name)!r}" for name in different]
+        raise ConfigError(
+            f"{out.url} holds a dataset with other parameters; choose another --out or the same parameters\n"
+            + "\n".join(lines)
+        )
+
+
+def tool_versions() -> dict[str, str]:
+    """Programs and libraries that decide pixels and latents."""
+    line = subprocess.run([ffmpeg_binary(), "-version"], capture_output=True, text=True, check=True).stdout
+    versions = {"ffmpeg": line.split("\n")[0].removeprefix("ffmpeg version ").split(" ")[0]}
+    for name in ("ardist", "av", "numpy", "torch"):
+        versions[name] = importlib.metadata.version(name)
+    return versions
+
+
+@dataclass
+class Freezer:
+    """Makes, or finds, the plan of one output."""
+
+    out: Storage
+    claim: Claim
+    labels: Labels | None
+    workers: int
+    timeout: float
+    staging: Path
+    on_probed: Callable[[int, int], None] = lambda done, total: None
+
+    def plan(self) -> Plan:
+        """The frozen plan; raises `ConfigError` when there are no videos."""
+        standing = self.standing()
+        if standing is not None:
+            return standing
+        root, listed = self._listing()
+        sources = self._sources(root, listed)
+        created = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+        tools = tool_versions()
+        draft = make_plan(sources, self.claim.parameters, tools, created)
+        fault.point("build.before_sources")
+        # Another builder may have been faster: the plan is made of the sources that stand.
+        judged = parse_sources(self._create_once(layout.SOURCES, source_lines(draft.sources)))
+        plan = make_plan(judged, self.claim.parameters, tools, created)
+        fault.point("build.before_plan")
+        self._create_once(layout.PLAN, plan.dump())
+        fault.point("build.after_plan")
+        return self.standing() or plan
+
+    def standing(self) -> Plan | None:
+        """The plan that another builder or an earlier run froze."""
+        return load_plan(self.out)
+
+    def _create_once(self, name: str, data: bytes) -> bytes:
+        return data if self.out.create(name, data) else self.out.read(name)
+
+    def _listing(self) -> tuple[SourceRoot, list[Listed]]:
+        """Root and frozen listing: an existing one is used as it is."""
+        videos = self.claim.videos
+        try:
+            lines = self.out.read(layout.LISTING).decode().splitlines()
+            root, listed = SourceRoot(json.loads(lines[0])["root"]), [Listed.parse(line) for line in lines[1:]]
+        except MissingObjectError:
+            root, listed = list_sources(videos, exclude=self.out.url)
+            if not listed:
+                raise ConfigError(
+                    f"no video found in {videos}: looked for files named like videos (.mp4, .mkv, .webm, .avi, …)"
+                ) from None
+            take(self.out, self.claim)
+            fault.point("build.after_claim")
+            head = json.dumps({"root": root.address})
+            text = "".join(line + "\n" for line in (head, *(item.line() for item in listed)))
+            if not self.out.create(layout.LISTING, text.encode()):
+                return self._listing()
+            fault.point("build.after_listing")
+        return root, listed
+
+    def _sources(self, root: SourceRoot, listed: Sequence[Listed]) -> list[Source]:
+        """Probe what no earlier run has probed, one object per chunk."""
+        found: list[Source] = []
+        chunks = [listed[start : start + CHUNK] for start in range(0, len(listed), CHUNK)]
+        for number, chunk in enumerate(chunks):
+            name = layout.probe_name(number)
+            try:
+                part = parse_sources(self.out.read(name))
+            except MissingObjectError:
+                fault.point("build.before_probes")
+                probed = self._probe(root, chunk, len(found), len(listed))
+                part = parse_sources(self._create_once(name, source_lines(probed)))
+            if [source.name for source in part] != [item.name for item in chunk]:
+                raise DataError(f"{self.out.url}/{name} does not belong to this listing")
+            found += part
+            self.on_probed(len(found), len(listed))
+        return [self._labelled(source) for source in found]
+
+    def _probe(self, root: SourceRoot, chunk: Sequence[Listed], done: int, total: int) -> list[Source]:
+        parameters = self.claim.parameters
+        caps = ProbeCaps(parameters.max_pixels, parameters.max_seconds, parameters.max_aspect)
+        sources = [Source(item.name, item.size, item.version) for item in chunk]
+        todo = [number for number, item in enumerate(chunk) if item.refused is None]
+        for number, item in enumerate(chunk):
+            if item.refused is not None:
+                refusal = Refusal(item.refused, _EXPLAINED.get(item.refused, str(item.refused)))
+                sources[number] = sources[number].refusal(refusal, "scan")
+        if root.remote:
+            self._probe_remote(root, chunk, todo, sources, caps)
+            return sources
+        requests = [(root.path(chunk[number].name), chunk[number].version) for number in todo]
+        for position, answer in enumerate(probe_all(requests, caps, min(self.workers, len(todo) or 1), self.timeout)):
+            sources[todo[position]] = _answered(sources[todo[position]], answer)
+            self.on_probed(done + position + 1, total)
+        return sources
+
+    def _probe_remote(
+        self, root: SourceRoot, chunk: Sequence[Listed], todo: Sequence[int], sources: list[Source], caps: ProbeCaps
+    ) -> None:
+        """Fetch a few objects at a time and probe the copies."""
+
+        def fetch(number: int) -> tuple[ExitStack, str | None, Refusal | None]:
+            stack = ExitStack()
+            try:
+                path, _ = stack.enter_context(local_copy(root, chunk[number].name, chunk[number].version, self.staging))
+                return stack, path, None
+            except Refusal as refusal:
+                return stack, None, refusal
+
+        step = max(1, self.workers) * 2
+        with ThreadPoolExecutor(step, thread_name_prefix="fetch") as pool:
+            for low in range(0, len(todo), step):
+                numbers = todo[low : low + step]
+                fetched = list(pool.map(fetch, numbers))
+                ready = [(n, path) for n, (_, path, _) in zip(numbers, fetched, strict=True) if path is not None]
+                answers = probe_all([(path, None) for _, path in ready], caps, self.workers, self.timeout)
+                for (number, _), answer in zip(ready, answers, strict=True):
+                    sources[number] = _answered(sources[number], answer)
+                for number, (stack, _, refused) in zip(numbers, fetched, strict=True):
+                    stack.close()
+                    if refused is not None:
+                        sources[number] = sources[number].refusal(refused, "probe")
+
+    def _labelled(self, source: Source) -> Source:
+        if self.claim.parameters.classes_from_folders:
+            folder = os.path.basename(os.path.dirname(source.name))
+            if not folder:
+                refusal = Refusal(Reason.LABEL, "lies in no folder that could name its class")
+                return source if source.refused else source.refusal(refusal, "plan")
+            return replace(source, class_name=folder.encode("utf-8", "surrogateescape").decode("utf-8", "replace"))
+        if self.labels is None:
+            return source
+        try:
+            label = self.labels.of(source.name)
+        except Refusal as refusal:
+            return source if source.refused else source.refusal(refusal, "plan")
+        return replace(source, class_name=label.class_name, caption=label.caption)
+
+
+def load_plan(out: Storage) -> Plan | None:
+    """The frozen plan of an output, or None before there is one."""
+    try:
+        data = out.read(layout.PLAN)
+    except MissingObjectError:
+        return None
+    return Plan.load(data, parse_sources(out.read(layout.SOURCES)))
+
+
+def _answered(source: Source, answer: VideoFacts | Refusal) -> Source:
+    return source.refusal(answer, "probe") if isinstance(answer, Refusal) else replace(source, facts=answer)

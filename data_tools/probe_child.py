@@ -1,0 +1,51 @@
+"""The child process of the probe: one JSON request per line on stdin, one JSON answer per line on stdout."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import sys
+from typing import Any
+
+from data_tools.probe import ProbeCaps, probe
+from data_tools.reasons import Reason, Refusal
+from data_tools.sandbox import Limits, limit_self
+
+
+def answer(request: dict[str, Any]) -> dict[str, Any]:
+    """{"facts": …} or {"reason": …, "detail": …} for one video."""
+    try:
+        facts = probe(request["path"], request["version"], ProbeCaps(**request["caps"]))
+    except Refusal as refusal:
+        return {"reason": str(refusal.reason), "detail": refusal.detail}
+    except MemoryError:
+        return {"reason": str(Reason.CRASHED), "detail": "needs more memory than a video may use"}
+    except OSError as error:
+        return {"reason": str(Reason.UNREADABLE), "detail": f"{error.strerror or error}"}
+    except (ValueError, ArithmeticError, LookupError, AttributeError, TypeError) as error:
+        # Whatever odd metadata trips in the bindings is a fault of this one file, and is named as such.
+        return {"reason": str(Reason.DAMAGED), "detail": f"{type(error).__name__}: {error}"}
+    return {"facts": facts.as_json()}
+
+
+def main() -> None:
+    """Serve until stdin ends."""
+    import av
+
+    av.logging.set_level(av.logging.PANIC)
+    memory, cpu_seconds = int(sys.argv[1]), int(sys.argv[2])
+    requests, answers = os.fdopen(os.dup(0), "r"), os.fdopen(os.dup(1), "w")
+    # Nothing but an answer may reach the parent: whatever a library prints goes to the error stream.
+    os.dup2(2, 1)
+    limit_self(Limits(memory=memory, cpu_seconds=resource.RLIM_INFINITY))
+    for line in requests:
+        used = resource.getrusage(resource.RUSAGE_SELF)
+        budget = int(used.ru_utime + used.ru_stime) + 1 + cpu_seconds
+        resource.setrlimit(resource.RLIMIT_CPU, (budget, resource.RLIM_INFINITY))
+        answers.write(json.dumps(answer(json.loads(line))) + "\n")
+        answers.flush()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,239 @@
+"""Building one shard: decode ahead, encode in batches, write once, commit by a conditional create."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ardist import fault
+from ardist.data.manifest import ShardEntry
+from ardist.data.sample import SampleInfo
+from ardist.data.shard_writer import Sample, write_shard
+from ardist.errors import DataError
+from ardist.events import events
+from ardist.storage import Storage, open_storage
+from data_tools import layout
+from data_tools.bounded import OrderedWork
+from data_tools.decode import DecodeSettings, Frames, decode_clips
+from data_tools.encode import Encoder, Stored, batches
+from data_tools.plan import Clip, Plan, jobs_of, shown_name
+from data_tools.reasons import Refusal
+from data_tools.sources import SourceRoot
+
+
+@dataclass
+class Counts:
+    """What a shard took, for progress and the final table."""
+
+    clips: int = 0
+    refused: int = 0
+    frames: int = 0
+    queue_fill: float = 0.0
+
+
+@dataclass(frozen=True)
+class ShardSettings:
+    """How shards are built here; none of it changes their bytes."""
+
+    decoders: int = 1
+    queue_bytes: int = 512 * 2**20
+    decode: DecodeSettings = field(default_factory=DecodeSettings)
+
+
+@dataclass
+class ShardBuilder:
+    """Builds shards of one plan into one storage."""
+
+    plan: Plan
+    root: SourceRoot
+    out: Storage
+    encoder: Encoder
+    settings: ShardSettings
+    staging: Path
+    on_progress: Callable[[Counts], None] = lambda counts: None
+    _class_ids: dict[str, int] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self._class_ids = {name: number for number, name in enumerate(self.plan.classes or [])}
+
+    def build(self, shard: int, worker: str) -> dict[str, Any]:
+        """Build and commit one shard; returns the commit that stands afterwards, ours or that of who was faster."""
+        fault.point("build.shard_started")
+        begun = time.monotonic()
+        refusals: list[dict[str, object]] = []
+        counts = Counts()
+        samples = self._samples(shard, refusals, counts)
+        entry = self._write(shard, samples)
+        fault.point("build.shard_written")
+        commit = {
+            "shard": shard,
+            "plan": self.plan.digest,
+            "entry": entry.model_dump(mode="json") if entry else None,
+            "quarantine": sorted(refusals, key=lambda record: str(record["row"]).zfill(20)),
+            "frames": counts.frames,
+            "worker": worker,
+            "seconds": round(time.monotonic() - begun, 3),
+        }
+        if entry is not None:
+            self._upload(entry)
+        fault.point("build.before_commit")
+        name = layout.commit_name(shard)
+        if self.out.create(name, json.dumps(commit, separators=(",", ":")).encode()):
+            fault.point("build.after_commit")
+            return commit
+        standing = read_commit(self.out, shard, self.plan)
+        events.count("build.commit_lost", shard=shard, winner=standing["worker"])
+        if entry is not None and (standing["entry"] is None or standing["entry"]["name"] != entry.name):
+            self.out.delete(entry.name)
+            self.out.delete(entry.index_name)
+        return standing
+
+    def _write(self, shard: int, samples: Iterator[Sample]) -> ShardEntry | None:
+        first = next(samples, None)
+        if first is None:
+            return None
+
+        def all_samples() -> Iterator[Sample]:
+            yield first
+            yield from samples
+
+        return write_shard(
+            self.staging, shard, all_samples(), self.encoder.dtype, with_sums=self.encoder.identity.kind == "latents"
+        )
+
+    def _upload(self, entry: ShardEntry) -> None:
+        """Put index and tar under their content-derived names; the staged files are consumed."""
+        for number, name in enumerate((entry.index_name, entry.name)):
+            fault.point(f"build.before_upload_{number}")
+            self.out.put(name, self.staging / name, move=True)
+            (self.staging / name).unlink(missing_ok=True)
+        fault.point("build.after_upload")
+
+    def _samples(self, shard: int, refusals: list[dict[str, object]], counts: Counts) -> Iterator[Sample]:
+        """The shard's samples in plan order; what is refused goes to `refusals`."""
+        jobs = list(jobs_of(self.plan.clips(shard)))
+        work = OrderedWork(
+            jobs,
+            self._decode,
+            threads=self.settings.decoders,
+            max_bytes=self.settings.queue_bytes,
+            size_of=lambda item: item[1].nbytes if isinstance(item[1], np.ndarray) else 1,
+        )
+        for group in batches(self._good(iter(work), refusals, counts), self.encoder.batch_size):
+            encoded = self.encoder.encode([frames for _, frames in group])
+            for (clip, _), result in zip(group, encoded, strict=True):
+                if isinstance(result, Refusal):
+                    self._refuse(clip, result, "encode", refusals, counts)
+                    continue
+                counts.clips += 1
+                counts.queue_fill = work.fill
+                self.on_progress(counts)
+                fault.point("build.sample")
+                yield self._sample(clip, result)
+
+    def _good(
+        self, decoded: Iterator[tuple[Clip, Frames | Refusal]], refusals: list[dict[str, object]], counts: Counts
+    ) -> Iterator[tuple[Clip, Frames]]:
+        for clip, result in decoded:
+            if isinstance(result, Refusal):
+                self._refuse(clip, result, "decode", refusals, counts)
+            else:
+                counts.frames += len(result)
+                yield clip, result
+
+    def _refuse(
+        self, clip: Clip, refusal: Refusal, stage: str, refusals: list[dict[str, object]], counts: Counts
+    ) -> None:
+        counts.refused += 1
+        name = shown_name(self.plan.sources[clip.source].name)
+        events.count(f"build.refused.{refusal.reason}", source=name, start=clip.start, detail=refusal.detail)
+        refusals.append(refusal.record(name, stage, row=clip.row, start=clip.start))
+        self.on_progress(counts)
+
+    def _sample(self, clip: Clip, array: Stored) -> Sample:
+        source = self.plan.sources[clip.source]
+        info = {
+            "source": shown_name(source.name),
+            "start": float(clip.start / clip.fps),
+            "start_frame": clip.start,
+            "fps": float(clip.fps),
+            "frames": self.plan.parameters.num_frames,
+            "class_id": None if source.class_name is None else self._class_ids[source.class_name],
+            "caption": source.caption,
+        }
+        return Sample(clip.key, np.ascontiguousarray(array), SampleInfo.model_validate(info))
+
+    def _decode(self, job: list[Clip]) -> Iterator[tuple[Clip, Frames | Refusal]]:
+        source = self.plan.sources[job[0].source]
+        assert source.facts is not None
+        parameters = self.plan.parameters
+        try:
+            with local_copy(self.root, source.name, source.version, self.staging) as (path, version):
+                results = decode_clips(
+                    path,
+                    version,
+                    source.facts,
+                    [clip.start for clip in job],
+                    parameters.num_frames,
+                    job[0].fps,
+                    parameters.size,
+                    parameters.max_pixels,
+                    self.settings.decode,
+                )
+                yield from zip(job, results, strict=True)
+        except Refusal as refusal:
+            for clip in job:
+                yield clip, refusal
+
+
+class local_copy:
+    """A local path to a source for the length of a block: itself, or a temporary copy of a remote object."""
+
+    def __init__(self, root: SourceRoot, name: str, version: str, staging: Path) -> None:
+        self._root, self._name, self._version, self._staging = root, name, version, staging
+        self._copy: Path | None = None
+
+    def __enter__(self) -> tuple[str, str | None]:
+        if not self._root.remote:
+            return self._root.path(self._name), self._version
+        from ardist.storage import ChangedObjectError, MissingObjectError
+        from data_tools.reasons import Reason
+
+        handle, copy = tempfile.mkstemp(dir=self._staging, prefix="source-")
+        os.close(handle)
+        self._copy = Path(copy)
+        try:
+            open_storage(self._root.address).download(self._name, self._copy, self._version)
+        except MissingObjectError as error:
+            self._copy.unlink()
+            raise Refusal(Reason.VANISHED, str(error)) from None
+        except ChangedObjectError as error:
+            self._copy.unlink()
+            raise Refusal(Reason.CHANGED, str(error)) from None
+        return str(self._copy), None
+
+    def __exit__(self, *_: object) -> None:
+        if self._copy is not None:
+            self._copy.unlink(missing_ok=True)
+
+
+def read_commit(out: Storage, shard: int, plan: Plan) -> dict[str, Any]:
+    """A shard's commit; raises `DataError` when it belongs to another plan or is damaged."""
+    name = layout.commit_name(shard)
+    try:
+        commit: dict[str, Any] = json.loads(out.read(name))
+        if commit["shard"] != shard:
+            raise DataError(f"{out.url}/{name} is the commit of shard {commit['shard']}")
+        if commit["plan"] != plan.digest:
+            raise DataError(f"{out.url}/{name} belongs to plan {commit['plan'][:12]}, this is plan {plan.digest[:12]}")
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{out.url}/{name} is damaged: {error}") from None
+    return commit
