@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
+from importlib.util import find_spec
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from ardist.errors import InvalidValueError, choose
-from ardist.models.attention import reference
+from ardist.models.attention import flash, flex, reference, sdpa
+from ardist.models.attention.kernels import KERNELS
 from ardist.models.attention.layout import AttentionLayout
 
-_ATTEND: dict[str, Callable[[Tensor, Tensor, Tensor, AttentionLayout], Tensor]] = {"reference": reference.attend}
+_ATTEND: dict[str, Callable[[Tensor, Tensor, Tensor, AttentionLayout], Tensor]] = {
+    "reference": reference.attend,
+    "sdpa": sdpa.attend,
+    "flex": flex.attend,
+    "flash": flash.attend,
+}
 BACKENDS = ("auto", *_ATTEND)
+"""Legal backend names."""
 
 
 def attention(
@@ -22,20 +32,106 @@ def attention(
     layout: AttentionLayout,
     backend: str = "auto",
 ) -> Float[Tensor, "b h n d"]:
-    """Softmax attention with scale 1/sqrt(d) under the mask of `layout`, by the named backend.
+    """Softmax attention with scale 1/sqrt(d) under the mask of `layout` (paper section 3.3).
+
+    Args:
+        q: queries of `layout`: context tokens (if they ask), then the query frames in order.
+        k: keys: context tokens, then the key frames in order.
+        v: values, as `k`.
+        layout: who sees whom.
+        backend: one of `BACKENDS`. All give the same result up to the rounding of the dtype.
+
+    Returns:
+        Outputs in the dtype of `q`; inside autocast all three inputs are cast to its dtype first.
 
     Raises:
-        InvalidValueError: shapes disagree with the layout, or the backend is unknown or cannot do this.
+        InvalidValueError: shapes, dtypes or devices disagree, or the backend is unknown or cannot do this.
     """
-    if q.shape[2] != layout.num_queries or k.shape[2] != layout.num_keys:
-        raise InvalidValueError(
-            f"q has {q.shape[2]} tokens and k has {k.shape[2]}; "
-            f"legal for this layout: {layout.num_queries} and {layout.num_keys}"
-        )
-    return _ATTEND[resolve_backend(backend, layout, q)](q, k, v, layout)
+    _check(q, k, v, layout)
+    if torch.is_autocast_enabled(q.device.type):
+        dtype = torch.get_autocast_dtype(q.device.type)
+        q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
+    if not q.dtype == k.dtype == v.dtype:
+        raise InvalidValueError(f"q, k, v have dtypes {q.dtype}, {k.dtype}, {v.dtype}; legal: one dtype for all three")
+    tracked = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+    name = _resolve(backend, q.device.type, q.dtype, q.shape[-1], tracked)
+    return _ATTEND[name](q, k, v, layout)
 
 
 def resolve_backend(name: str, layout: AttentionLayout, q: Float[Tensor, "b h n d"]) -> str:
-    """The backend that `name` stands for here: `name` itself, or the choice of ``auto``."""
+    """The backend that `name` stands for with such queries: `name` itself, or the choice of ``auto``.
+
+    ``auto`` on CPU is ``sdpa``: measured there as the fastest one at every shape. On CUDA it is ``flash`` in half
+    precision where a kernel works, because it scores no forbidden pair and needs a fixed number of calls; else
+    ``sdpa``. The CUDA half of the rule follows from the number of scored pairs and has not been timed:
+    ``benchmarks/attention.py`` does that.
+
+    Raises:
+        InvalidValueError: the name is unknown, or the backend cannot serve these queries; legal names are given.
+    """
+    return _resolve(name, q.device.type, q.dtype, q.shape[-1], torch.is_grad_enabled() and q.requires_grad)
+
+
+def available_backends(
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    head_dim: int = 64,
+    requires_grad: bool = False,
+) -> dict[str, str | None]:
+    """Every backend, and every kernel of ``flash`` as ``flash/<kernel>``, with the reason it does not work, or None."""
+    device_type = torch.device(device).type
+    result = {name: _problem(name, device_type, dtype, head_dim, requires_grad) for name in _ATTEND}
+    for name in KERNELS:
+        result[f"flash/{name}"] = flash.unavailable(name, device_type, dtype, head_dim)
+    return result
+
+
+def _resolve(name: str, device_type: str, dtype: torch.dtype, head_dim: int, tracked: bool) -> str:
     choose("attention backend", name, BACKENDS)
-    return "reference" if name == "auto" else name
+    if name == "auto":
+        half = dtype in (torch.float16, torch.bfloat16)
+        if device_type == "cuda" and half and _problem("flash", device_type, dtype, head_dim, tracked) is None:
+            return "flash"
+        return "sdpa"
+    problem = _problem(name, device_type, dtype, head_dim, tracked)
+    if problem is not None:
+        able = [other for other in _ATTEND if _problem(other, device_type, dtype, head_dim, tracked) is None]
+        raise InvalidValueError(
+            f"attention backend {name!r} cannot serve this: {problem}; legal: auto, {', '.join(able)}"
+        )
+    return name
+
+
+def _problem(name: str, device_type: str, dtype: torch.dtype, head_dim: int, tracked: bool) -> str | None:
+    """Why a backend cannot serve such tensors, or None."""
+    if name == "flex":
+        return _flex_problem(device_type, tracked)
+    if name == "flash":
+        return flash.none_works(device_type, dtype, head_dim)
+    return None
+
+
+def _flex_problem(device_type: str, tracked: bool) -> str | None:
+    if device_type == "cpu":
+        if tracked:
+            return "FlexAttention has no gradients on cpu"
+        if not any(shutil.which(name) for name in ("g++", "clang++", "c++")):
+            return "compiling FlexAttention for cpu needs a C++ compiler"
+        return None
+    if device_type == "cuda":
+        return None if find_spec("triton") else "compiling FlexAttention for cuda needs triton"
+    return f"FlexAttention does not run on {device_type}"
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor, layout: AttentionLayout) -> None:
+    if q.shape[2] != layout.num_queries or k.shape[2] != layout.num_keys or v.shape != k.shape:
+        raise InvalidValueError(
+            f"q, k, v have shapes {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}; legal for this layout: "
+            f"{layout.num_queries} tokens in q, {layout.num_keys} in k and v, as [batch, heads, tokens, head dimension]"
+        )
+    if q.shape[:2] != k.shape[:2] or q.shape[3] != k.shape[3]:
+        raise InvalidValueError(
+            f"q and k have shapes {tuple(q.shape)} and {tuple(k.shape)}; legal: equal but for the tokens"
+        )
+    if not q.device == k.device == v.device:
+        raise InvalidValueError(f"q, k, v are on {q.device}, {k.device}, {v.device}; legal: one device")
