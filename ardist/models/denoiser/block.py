@@ -52,6 +52,7 @@ class Block(nn.Module):
         super().__init__()
         width, hidden = config.width, round(config.width * config.mlp_ratio)
         self.num_heads = config.num_heads
+        self.tokens_per_frame = config.tokens_per_frame
         self.overwrite_with_norm = config.residual == "released"
         self.backend = config.attention_backend
         self.modulation = nn.Linear(width, 6 * width)
@@ -94,7 +95,7 @@ class Block(nn.Module):
         modulation = self.modulation(conditioning).unflatten(-1, (6, 1, -1))
         normed = layer_norm(tokens, tokens.shape[-1:], eps=EPS)
         residual = normed if self.overwrite_with_norm else tokens
-        modulated = _modulate(normed, modulation[:, :, 0], modulation[:, :, 1], context_tokens)
+        modulated = self._modulate(normed, modulation[:, :, 0], modulation[:, :, 1], context_tokens)
         qkv = self.qkv(modulated).unflatten(-1, (3, self.num_heads, -1))
         qk = qkv[:, :, :2]
         if self.qk_norm is not None:
@@ -113,43 +114,28 @@ class Block(nn.Module):
     ) -> Float[Tensor, "b n w"]:
         """Add the gated attention branch, then the gated MLP branch."""
         branch = self.projection(attended.transpose(1, 2).flatten(2))
-        tokens = _add_gated(residual, branch, modulation[:, :, 2], context_tokens)
+        tokens = self._add_gated(residual, branch, modulation[:, :, 2], context_tokens)
         normed = layer_norm(tokens, tokens.shape[-1:], eps=EPS)
         residual = normed if self.overwrite_with_norm else tokens
-        modulated = _modulate(normed, modulation[:, :, 3], modulation[:, :, 4], context_tokens)
+        modulated = self._modulate(normed, modulation[:, :, 3], modulation[:, :, 4], context_tokens)
         branch = self.mlp_output(gelu(self.mlp_hidden(modulated), approximate="tanh"))
-        return _add_gated(residual, branch, modulation[:, :, 5], context_tokens)
+        return self._add_gated(residual, branch, modulation[:, :, 5], context_tokens)
 
+    def _modulate(self, x: Tensor, shift: Tensor, scale: Tensor, context_tokens: int) -> Tensor:
+        """``x * (1 + scale) + shift`` on the video tokens of each frame; context tokens pass as they are."""
+        # In place on a fresh product: one pass over memory less, and the plain rounding of x * (1 + scale) + shift.
+        video = (self._by_frame(x, shift, context_tokens) * (1 + scale)).add_(shift).flatten(1, 2)
+        return torch.cat([x[:, :context_tokens], video], dim=1) if context_tokens else video
 
-def _modulate(
-    x: Float[Tensor, "b n w"], shift: Float[Tensor, "b f 1 w"], scale: Float[Tensor, "b f 1 w"], context_tokens: int
-) -> Float[Tensor, "b n w"]:
-    """``x * (1 + scale) + shift`` on the video tokens of each frame; context tokens pass as they are."""
-    # In place on a fresh product: one pass over memory less, and the plain rounding of x * (1 + scale) + shift.
-    video = (_by_frame(x, shift.shape[1], context_tokens) * (1 + scale)).add_(shift)
-    return _join(x, video, context_tokens)
+    def _add_gated(self, residual: Tensor, branch: Tensor, gate: Tensor, context_tokens: int) -> Tensor:
+        """``residual + gate * branch`` on the video tokens of each frame, ``residual + branch`` on context tokens."""
+        gated = self._by_frame(branch, gate, context_tokens) * gate
+        video = gated.add_(self._by_frame(residual, gate, context_tokens)).flatten(1, 2)
+        if not context_tokens:
+            return video
+        return torch.cat([residual[:, :context_tokens] + branch[:, :context_tokens], video], dim=1)
 
-
-def _add_gated(
-    residual: Float[Tensor, "b n w"],
-    branch: Float[Tensor, "b n w"],
-    gate: Float[Tensor, "b f 1 w"],
-    context_tokens: int,
-) -> Float[Tensor, "b n w"]:
-    """``residual + gate * branch`` on the video tokens of each frame, ``residual + branch`` on context tokens."""
-    frames = gate.shape[1]
-    video = (_by_frame(branch, frames, context_tokens) * gate).add_(_by_frame(residual, frames, context_tokens))
-    if not context_tokens:
-        return video.flatten(1, 2)
-    return _join(residual[:, :context_tokens] + branch[:, :context_tokens], video, context_tokens)
-
-
-def _by_frame(x: Tensor, frames: int, context_tokens: int) -> Tensor:
-    """The video tokens of ``[context ; frames]`` as [b f l w], a view."""
-    return x[:, context_tokens:].unflatten(1, (frames, -1)) if frames else x[:, context_tokens:, None]
-
-
-def _join(context: Tensor, video: Tensor, context_tokens: int) -> Tensor:
-    """``[context ; frames]`` from a sequence that starts with the context and from [b f l w]."""
-    flat = video.flatten(1, 2)
-    return torch.cat([context[:, :context_tokens], flat], dim=1) if context_tokens else flat
+    def _by_frame(self, x: Tensor, modulation: Tensor, context_tokens: int) -> Tensor:
+        """The video tokens of ``[context ; frames]`` as a view [b f l w], ready to meet a modulation [b f 1 w]."""
+        video: Tensor = x[:, context_tokens:].unflatten(1, (modulation.shape[1], self.tokens_per_frame))
+        return video

@@ -1,0 +1,66 @@
+"""What is done to a denoiser before training or sampling, in a fixed order: checkpointing, then compilation.
+
+ZeRO comes after both and is the training engine's business.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+import torch.fx.experimental._config as shape_config
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
+
+from ardist.errors import choose
+from ardist.models.denoiser import Denoiser
+
+CHECKPOINTING = ("none", "selective", "full")
+
+_MATMULS = [torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.aten.bmm.default]
+
+
+def parallelize(
+    model: Denoiser,
+    *,
+    activation_checkpointing: str = "none",
+    compile: bool = False,
+    backend: str = "inductor",
+    dynamic: bool = True,
+) -> Denoiser:
+    """Change `model` in place and return it. Parameter names, and so checkpoints, stay as they are.
+
+    Args:
+        activation_checkpointing: ``none``; ``selective`` keeps the results of matrix products and of attention, and
+            recomputes everything elementwise in the backward pass; ``full`` keeps the input of each block only.
+        compile: compile the two halves of each block around the attention call, each as one graph. All blocks share
+            the two compiled programs; another number of frames or clips does not recompile (see `dynamic`).
+        backend: of ``torch.compile``.
+        dynamic: programs for any number of frames and clips; False specialises them, with a recompilation per shape.
+
+    Raises:
+        InvalidValueError: the kind of checkpointing is unknown.
+    """
+    choose("activation_checkpointing", activation_checkpointing, CHECKPOINTING)
+    if compile and dynamic:
+        # Sizes that happen to be equal in the first call (16 clips of 16 frames) stay independent of each other.
+        shape_config.use_duck_shape = False
+    for block in model.blocks:
+        for half in ("before_attention", "after_attention"):
+            function: Callable[..., Any] = getattr(block, half)
+            if activation_checkpointing == "selective":
+                function = functools.partial(checkpoint, function, use_reentrant=False, context_fn=_keep_matmuls)
+            if compile:
+                function = torch.compile(function, backend=backend, fullgraph=True, dynamic=dynamic)
+            setattr(block, half, function)
+        if activation_checkpointing == "full":
+            block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
+    return model
+
+
+def _keep_matmuls() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
+    contexts: tuple[AbstractContextManager[Any], AbstractContextManager[Any]]
+    contexts = create_selective_checkpoint_contexts(_MATMULS)
+    return contexts

@@ -1,0 +1,88 @@
+"""Checkpointing and compilation: same numbers, same names, no graph break, no recompilation for other shapes."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from denoiser_cases import inputs, random_denoiser
+from torch import Tensor
+
+from ardist.errors import InvalidValueError
+from ardist.models.denoiser import Denoiser
+from ardist.models.parallelize import parallelize
+
+
+@pytest.mark.parametrize("kind", ["selective", "full"])
+def test_checkpointing_changes_memory_and_nothing_else(kind: str) -> None:
+    plain = random_denoiser(context_tokens=5, context_dim=6)
+    kept: dict[str, int] = {}
+
+    def run(name: str, denoiser: Denoiser) -> tuple[Tensor, dict[str, Tensor]]:
+        sizes: list[int] = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: (sizes.append(x.numel()), x)[1], lambda x: x):
+            out = denoiser(**inputs(denoiser.config)).square().mean()
+        kept[name] = sum(sizes)
+        out.backward()
+        return out.detach(), {n: p.grad for n, p in denoiser.named_parameters() if p.grad is not None}
+
+    expected = run("none", plain)
+    changed = parallelize(random_denoiser(context_tokens=5, context_dim=6), activation_checkpointing=kind)
+    assert list(changed.state_dict()) == list(plain.state_dict())
+    actual = run(kind, changed)
+    torch.testing.assert_close(actual, expected, rtol=0, atol=0)
+    assert kept[kind] < kept["none"]
+
+
+def test_unknown_kind_of_checkpointing_is_refused() -> None:
+    with pytest.raises(InvalidValueError, match="selective"):
+        parallelize(random_denoiser(), activation_checkpointing="some")
+
+
+# In a process of its own: the run-time shape checks of the test session are not part of the compiled product.
+_PROGRAM = """
+import json
+import torch
+from torch._dynamo.utils import counters
+from denoiser_cases import inputs, random_denoiser
+from ardist.models.parallelize import parallelize
+
+changes = dict(context_tokens=5, context_dim=6, num_classes=3, depth=2)
+report = {}
+for kind in ("none", "selective"):
+    torch._dynamo.reset()
+    counters.clear()
+    plain, compiled = random_denoiser(**changes), random_denoiser(**changes)
+    parallelize(compiled, activation_checkpointing=kind, compile=True, backend="aot_eager")
+    graphs, worst = [], 0.0
+    for batch, frames in ((4, 4), (3, 7)):
+        arguments = inputs(plain.config, batch, frames)
+        for denoiser in (plain, compiled):
+            denoiser.zero_grad()
+            denoiser(**arguments).square().mean().backward()
+        pairs = zip(plain.parameters(), compiled.parameters())
+        worst = max([worst, *((p.grad - q.grad).abs().max().item() for p, q in pairs if p.grad is not None)])
+        graphs.append(counters["stats"]["unique_graphs"])
+    report[kind] = {"graphs": graphs, "worst": worst, "breaks": dict(counters["graph_break"])}
+print(json.dumps(report))
+"""
+
+
+@pytest.mark.slow
+def test_blocks_compile_without_a_break_and_once_for_all_shapes(pytestconfig: pytest.Config) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", _PROGRAM],
+        cwd=pytestconfig.rootpath / "tests" / "models",
+        capture_output=True,
+        text=True,
+        timeout=280,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    for kind, seen in json.loads(done.stdout.splitlines()[-1]).items():
+        assert seen["graphs"] == [2, 2], f"{kind}: two programs for all blocks, none added for another shape"
+        assert seen["breaks"] == {}, kind
+        assert seen["worst"] < 1e-6, kind
