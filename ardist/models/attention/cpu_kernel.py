@@ -5,10 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ardist.models.attention.kernels import FlashKernel
 from ardist.models.attention.pieces import Blocks, Piece, band_mask
 
 
-class CPUKernel:
+class CPUKernel(FlashKernel):
     """fp64 to bf16 on CPU. A band other than causal becomes a mask: what it excludes is computed and discarded, which
     is why ``auto`` prefers ``sdpa`` on CPU."""
 

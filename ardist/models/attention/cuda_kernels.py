@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ardist.models.attention.kernels import FlashKernel
 from ardist.models.attention.pieces import Blocks, Piece
 
 _Triple = tuple[Tensor, Tensor, Tensor]
@@ -34,10 +35,8 @@ class _Call:
     longest: int = 0
 
 
-class _CUDAKernel(abc.ABC):
+class _CUDAKernel(FlashKernel):
     """What the providers share: padding of the head dimension, and blocks as packed sequences."""
-
-    name: str
 
     def missing(self, device_type: str, dtype: torch.dtype) -> str | None:
         """It runs on CUDA in half precision, and the provider must be installed."""

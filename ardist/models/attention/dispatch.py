@@ -12,7 +12,6 @@ from torch import Tensor
 
 from ardist.errors import InvalidValueError, choose
 from ardist.models.attention import flash, flex, reference, sdpa
-from ardist.models.attention.kernels import KERNELS
 from ardist.models.attention.layout import AttentionLayout
 
 _ATTEND: dict[str, Callable[[Tensor, Tensor, Tensor, AttentionLayout], Tensor]] = {
@@ -81,7 +80,7 @@ def available_backends(
     """Every backend, and every kernel of ``flash`` as ``flash/<kernel>``, with the reason it does not work, or None."""
     device_type = torch.device(device).type
     result = {name: _problem(name, device_type, dtype, head_dim, requires_grad) for name in _ATTEND}
-    for name in KERNELS:
+    for name in flash.KERNELS:
         result[f"flash/{name}"] = flash.unavailable(name, device_type, dtype, head_dim)
     return result
 

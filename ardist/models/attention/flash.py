@@ -16,9 +16,16 @@ from torch import Tensor
 from ardist.errors import InvalidValueError
 from ardist.events import events
 from ardist.models.attention import reference
-from ardist.models.attention.kernels import KERNELS, FlashKernel
+from ardist.models.attention.cpu_kernel import CPUKernel
+from ardist.models.attention.cuda_kernels import FlashAttention2Kernel, FlashAttention3Kernel, TorchCUDAKernel
+from ardist.models.attention.kernels import FlashKernel
 from ardist.models.attention.layout import AttentionLayout
 from ardist.models.attention.merging import block_causal
+
+KERNELS: dict[str, FlashKernel] = {
+    kernel.name: kernel for kernel in (FlashAttention3Kernel(), FlashAttention2Kernel(), TorchCUDAKernel(), CPUKernel())
+}
+"""All kernels by name, best first."""
 
 
 def attend(
