@@ -17,6 +17,8 @@ U64: TypeAlias = npt.NDArray[np.uint64]
 
 _GOLDEN: Final = 0x9E3779B97F4A7C15
 _MASK: Final = 0xFFFF_FFFF_FFFF_FFFF
+_27, _30, _31 = np.uint64(27), np.uint64(30), np.uint64(31)
+_FIRST, _SECOND = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
 
 
 class Domain(enum.IntEnum):
@@ -31,26 +33,37 @@ class Domain(enum.IntEnum):
 
 def _mix(z: U64) -> U64:
     """SplitMix64's finaliser, a bijection of 64-bit words; overwrites its argument."""
-    z ^= z >> np.uint64(30)
-    z *= np.uint64(0xBF58476D1CE4E5B9)
-    z ^= z >> np.uint64(27)
-    z *= np.uint64(0x94D049BB133111EB)
-    z ^= z >> np.uint64(31)
+    z ^= z >> _30
+    z *= _FIRST
+    z ^= z >> _27
+    z *= _SECOND
+    z ^= z >> _31
     return z
 
 
-def _words(value: Words) -> U64:
-    if isinstance(value, int):
-        return np.array([value & _MASK], np.uint64)
-    return np.atleast_1d(value).astype(np.uint64)
+def _mix_one(z: int) -> int:
+    """`_mix` of one word, where an array would cost more than the arithmetic."""
+    z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9 & _MASK
+    z = (z ^ (z >> 27)) * 0x94D049BB133111EB & _MASK
+    return z ^ (z >> 31)
 
 
 def derive_key(domain: Domain, *words: Words) -> U64:
     """One 64-bit key (or one for each element, where a word is an array) out of a domain and integers."""
-    key = _mix(_words(int(domain) * _GOLDEN))
+    key: int | U64 = _mix_one(int(domain) * _GOLDEN & _MASK)
     for place, word in enumerate(words, 2):
-        key = _mix(key ^ _mix(_words(word) + _words(place * _GOLDEN)))
-    return key
+        salt = place * _GOLDEN & _MASK
+        if isinstance(key, int) and isinstance(word, int):
+            key = _mix_one(key ^ _mix_one((word + salt) & _MASK))
+        else:
+            key = _mix(_array(key) ^ _mix(_array(word) + np.uint64(salt)))
+    return _array(key)
+
+
+def _array(value: Words) -> U64:
+    if isinstance(value, int):
+        return np.array([value & _MASK], np.uint64)
+    return np.atleast_1d(value).astype(np.uint64)
 
 
 def hashes(key: U64, index: U64) -> U64:

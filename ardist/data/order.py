@@ -139,7 +139,7 @@ class LaneOrder:
 
     def _shuffle(self, epoch: int, lane: npt.NDArray[np.int64], offset: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
         """The offset in its lane that stands at `offset` once every window is permuted."""
-        if not len(lane):
+        if self.window == 1 or not len(lane):
             return offset
         low, high = int(lane.min()), int(lane.max()) + 1
         window = offset // self.window
