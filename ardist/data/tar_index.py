@@ -183,9 +183,8 @@ def build_index(
                 raise _incomplete(name, pending_key, pending)
             _check_tail(raw, name, end, size)
     except tarfile.TarError as error:
-        raise ShardError(
-            name, "length" if file.stat().st_size == 0 else "member", f"not a readable tar: {error}"
-        ) from None
+        cut = file.stat().st_size == 0 or "unexpected end" in str(error)
+        raise ShardError(name, "length" if cut else "member", f"not a readable tar: {error}") from None
     except OSError as error:
         raise ShardError(name, "missing", f"cannot be read: {error.strerror or error}") from None
     return TarIndex(np.array(rows, RECORD), size, sha256)
