@@ -10,8 +10,7 @@ class Paths:
 
     def __init__(self, root: Path) -> None:
         self.root = root
-        self.videos_train = root / "videos" / "train"
-        self.videos_held_out = root / "videos" / "held-out"
+        self.videos = root / "videos"
         self.pixels_train = root / "data" / "pixels-train"
         self.pixels_held_out = root / "data" / "pixels-held-out"
         self.latents_train = root / "data" / "latents-train"

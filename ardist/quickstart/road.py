@@ -13,13 +13,15 @@ import ardist
 from ardist.config import TrainConfig, load_config
 from ardist.errors import ConfigError
 from ardist.log import console
-from ardist.quickstart.clips import find_clips, split_clips
+from ardist.quickstart.clips import copy_clips, packaged_clips
 from ardist.quickstart.page import score_lines, write_page
 from ardist.quickstart.paths import Paths
 from ardist.quickstart.stages import Stage, StageRunner, run_command
 from ardist.report.metrics import read_metrics
 
 PREEMPTED = 75
+TRAIN, HELD_OUT = "0:0.8", "0.8:1"
+"""Which part of every clip is trained on, and which is only judged on."""
 SAMPLES = {
     "synchronous": ("--frames", "16", "--difference", "0"),
     "in-between": ("--frames", "16", "--difference", "5"),
@@ -52,10 +54,9 @@ def run_quickstart(
         _remove(directory)
     repository = _repository()
     directory.mkdir(parents=True, exist_ok=True)
-    clips = find_clips(videos)
     runner = StageRunner(directory)
     paths = Paths(directory)
-    stages = list(_stages(paths, repository, clips, _training_arguments(ranks, steps)))
+    stages = list(_stages(paths, repository, videos, _training_arguments(ranks, steps)))
     for number, stage in enumerate(stages, start=1):
         runner.run(stage, f"{number}/{len(stages)}")
     console.print(runner.table())
@@ -64,16 +65,19 @@ def run_quickstart(
     console.print(f"the report: {paths.report.resolve()}", style="bold", soft_wrap=True)
 
 
-def _stages(paths: Paths, repository: Path, clips: list[Path], training: TrainingArguments) -> Iterator[Stage]:
-    yield Stage(
-        "videos",
-        "Split the clips into a training part and a held-out end",
-        {"clips": [(clip.name, clip.stat().st_size) for clip in clips], "version": ardist.__version__},
-        [paths.videos_train, paths.videos_held_out],
-        lambda: split_clips(clips, paths.videos_train, paths.videos_held_out),
-    )
-    train_frames = _build_arguments(paths.videos_train, paths.pixels_train, "pixels", num_frames=1, stride=1)
-    held_out_frames = _build_arguments(paths.videos_held_out, paths.pixels_held_out, "pixels", num_frames=16, stride=2)
+def _stages(paths: Paths, repository: Path, videos: Path | None, training: TrainingArguments) -> Iterator[Stage]:
+    if videos is None:
+        videos = paths.videos
+        clips = packaged_clips()
+        yield Stage(
+            "videos",
+            "Take four real clips",
+            {"clips": [clip.name for clip in clips], "version": ardist.__version__},
+            [videos],
+            lambda: copy_clips(clips, paths.videos),
+        )
+    train_frames = _build_arguments(videos, paths.pixels_train, "pixels", TRAIN, num_frames=1, stride=1)
+    held_out_frames = _build_arguments(videos, paths.pixels_held_out, "pixels", HELD_OUT, num_frames=16, stride=2)
     yield Stage(
         "pixels",
         "Build pixel shards for the AR-VAE",
@@ -102,12 +106,9 @@ def _stages(paths: Paths, repository: Path, clips: list[Path], training: Trainin
             + ["--train-dataset", paths.pixels_train, "--out", paths.scores_ar_vae],
         ),
     )
-    train_latents = _build_arguments(
-        paths.videos_train, paths.latents_train, paths.bundle_ar_vae, num_frames=16, stride=1
-    )
-    held_out_latents = _build_arguments(
-        paths.videos_held_out, paths.latents_held_out, paths.bundle_ar_vae, num_frames=16, stride=2
-    )
+    encoder = paths.bundle_ar_vae
+    train_latents = _build_arguments(videos, paths.latents_train, encoder, TRAIN, num_frames=16, stride=1)
+    held_out_latents = _build_arguments(videos, paths.latents_held_out, encoder, HELD_OUT, num_frames=16, stride=2)
     yield Stage(
         "latents",
         "Build latent shards with that AR-VAE",
@@ -185,9 +186,11 @@ def _last_step(run_dir: Path) -> int:
     return max((int(record["step"]) for record in read_metrics(run_dir)), default=0)
 
 
-def _build_arguments(videos: Path, out: Path, encoder: str | Path, *, num_frames: int, stride: int) -> list[str]:
+def _build_arguments(
+    videos: Path, out: Path, encoder: str | Path, portion: str, *, num_frames: int, stride: int
+) -> list[str]:
     command = [sys.executable, "-m", "data_tools", "build", "--videos", videos, "--out", out, "--encoder", encoder]
-    command += ["--num-frames", num_frames, "--stride", stride, "--size", 64]
+    command += ["--portion", portion, "--num-frames", num_frames, "--stride", stride, "--size", 64]
     return [str(word) for word in command]
 
 

