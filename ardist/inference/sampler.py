@@ -1,0 +1,315 @@
+"""Asynchronous sampling: the AD schedule, DDIM and guidance around a denoiser, with an exact cache of final frames.
+
+Paper section 3.4 (adaptive-difference scheduler). Each row of the schedule is one network call; a frame is handed out
+as soon as it is final.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor
+
+from ardist.diffusion.ad import ADSchedule
+from ardist.diffusion.counter_rng import Purpose, normal
+from ardist.diffusion.ddim import ddim_step, guide
+from ardist.diffusion.noise import NoiseSchedule
+from ardist.errors import InvalidValueError
+from ardist.inference.conditions import Conditions
+from ardist.inference.kv_cache import KVCache
+from ardist.models.denoiser import Denoiser
+from ardist.models.parallelize import parallelize
+
+
+class FinalFrame(NamedTuple):
+    """A frame of every video of the batch that will not change any more."""
+
+    index: int
+    latents: Float[Tensor, "b l c"]
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a run stands after a row; rows are network calls."""
+
+    row: int
+    num_rows: int
+    frames_done: int
+    num_frames: int
+    frames_per_second: float
+
+
+@dataclass(frozen=True)
+class _Run:
+    """What does not change from row to row."""
+
+    schedule: ADSchedule
+    conditions: Conditions
+    guidance_scale: float
+    noise: Callable[[int, int], Tensor]
+    prefix: Tensor
+
+
+class ADSampler:
+    """Samples latent videos from a denoiser.
+
+    The result for a video depends on its number in `video_ids`, the seed and the settings only, never on which other
+    videos are in the batch (up to the rounding of matrix products of another size).
+
+    Args:
+        denoiser: on the device and in the dtype to sample with. Latents are kept in fp32.
+        noise_schedule: the one it was trained with.
+        target: what it predicts: ``x0``, ``eps`` or ``v``.
+        window: frames it looks at, at most; None: all frames of the video.
+        window_kind: ``rolling`` (exact cache; ``strict`` mask only), ``recompute`` (the authors' common window,
+            nothing cached), or None for the one that fits the mask.
+        compile: compile the blocks (see `ardist.models.parallelize`).
+
+    Raises:
+        InvalidValueError: the window does not fit the denoiser.
+    """
+
+    def __init__(
+        self,
+        denoiser: Denoiser,
+        noise_schedule: NoiseSchedule,
+        *,
+        target: str = "x0",
+        window: int | None = None,
+        window_kind: str | None = None,
+        compile: bool = False,
+    ) -> None:
+        config = denoiser.config
+        if window_kind is None:
+            window_kind = "rolling" if config.mask == "strict" else "recompute"
+        if window_kind == "rolling" and config.mask != "strict":
+            raise InvalidValueError(
+                f"window_kind='rolling' is illegal with mask {config.mask!r}, which cannot be cached; "
+                "legal: 'recompute'"
+            )
+        if config.window is not None:
+            if window is not None and window > config.window:
+                raise InvalidValueError(f"window={window} is illegal; legal: at most {config.window}, as trained")
+            window = config.window if window is None else window
+        self.denoiser = parallelize(denoiser, compile=True) if compile else denoiser
+        self.device = denoiser.input.weight.device
+        self.noise_schedule = noise_schedule.to(self.device)
+        self.target = target
+        self.window = window
+        self.window_kind = window_kind
+
+    def sample(
+        self, num_frames: int, *, prefix: Float[Tensor, "b p l c"] | None = None, **arguments: Any
+    ) -> Float[Tensor, "b f l c"]:
+        """Whole videos in fp32, a given prefix included; the arguments are those of `stream`."""
+        frames = list(self.stream(num_frames, prefix=prefix, **arguments))
+        generated = torch.stack([frame.latents for frame in frames], dim=1)
+        return generated if prefix is None else torch.cat([prefix.to(generated), generated], dim=1)
+
+    @torch.no_grad()
+    def stream(
+        self,
+        num_frames: int,
+        *,
+        num_inference_steps: int = 50,
+        difference: int = 5,
+        guidance_scale: float | int = 1.0,
+        batch_size: int = 1,
+        seed: int = 0,
+        generator: torch.Generator | None = None,
+        video_ids: Int64[Tensor, "b"] | None = None,
+        context: Float[Tensor, "b k d"] | None = None,
+        class_ids: Int64[Tensor, "b"] | None = None,
+        prefix: Float[Tensor, "b p l c"] | None = None,
+        noise: Float[Tensor, "b f l c"] | None = None,
+        progress: Callable[[Progress], None] | None = None,
+    ) -> Iterator[FinalFrame]:
+        """Yield each generated frame as soon as it is final, in order.
+
+        Args:
+            num_frames: length of the videos F, prefix included.
+            num_inference_steps: evaluations per frame S; divides the number of training timesteps.
+            difference: evaluations s by which a frame is behind the one before it: 0 (all frames together) to
+                `num_inference_steps` (one frame after another).
+            guidance_scale: weight w of classifier-free guidance; 1 runs the network once per row, others in one call
+                of twice the batch.
+            batch_size: number of videos; taken from the conditions or `prefix` where they are given.
+            seed: of the initial noise, in [0, 2**63).
+            generator: draws the seed instead, for callers that keep a `torch.Generator`.
+            video_ids: numbers of the videos, which key their noise; default 0, 1, ….
+            context, class_ids: conditions as of `Denoiser.forward`; None is the null condition.
+            prefix: given first frames, clean latents (continuation; one frame: image-to-video).
+            noise: the initial noise of all F frames instead of the seeded one.
+            progress: called after each row.
+
+        Raises:
+            InvalidValueError: arguments that do not fit together or the denoiser; the message has the legal values.
+        """
+        config = self.denoiser.config
+        conditions = Conditions.create(
+            config,
+            guided=guidance_scale != 1,
+            batch_size=batch_size,
+            sizes={"prefix": prefix, "noise": noise, "video_ids": video_ids},
+            context=context,
+            class_ids=class_ids,
+            device=self.device,
+        )
+        schedule = ADSchedule(
+            num_frames,
+            num_inference_steps,
+            difference,
+            self.window,
+            self.window_kind,
+            self.noise_schedule.num_timesteps,
+            0 if prefix is None else prefix.shape[1],
+        )
+        self._check_positions(schedule)
+        if generator is not None:
+            seed = int(torch.randint(0, 2**63 - 1, (), generator=generator, device=generator.device))
+        shape = (conditions.batch_size, 0, config.tokens_per_frame, config.latent_channels)
+        run = _Run(
+            schedule,
+            conditions,
+            float(guidance_scale),
+            self._noise_source(noise, seed, video_ids, conditions.batch_size),
+            (torch.empty(shape) if prefix is None else prefix).to(self.device, torch.float32),
+        )
+        rows = self._cached_rows(run) if self.window_kind == "rolling" else self._recomputed_rows(run)
+        started, done = time.monotonic(), 0
+        for row, frames in enumerate(rows, start=1):
+            yield from frames
+            done += len(frames)
+            if progress is not None:
+                rate = done / max(time.monotonic() - started, 1e-9)
+                progress(Progress(row, schedule.num_rows, schedule.num_prefix_frames + done, num_frames, rate))
+
+    def _cached_rows(self, run: _Run) -> Iterator[list[FinalFrame]]:
+        """Run the rows over the frames that change, and each frame once more when it has just become final."""
+        schedule, conditions = run.schedule, run.conditions
+        prefix_frames = schedule.num_prefix_frames
+        # A prefix longer than the window enters in pieces, so that memory stays bounded by the window.
+        piece = prefix_frames if self.window is None else self.window
+        first_active = schedule.active_range(1)[1] - prefix_frames
+        cache = KVCache(
+            self.denoiser.config,
+            conditions.num_copies * conditions.batch_size,
+            schedule.num_frames,
+            max(schedule.max_active_frames + 1, first_active + min(piece, prefix_frames)),
+            self.window,
+            self.device,
+            self.denoiser.input.weight.dtype,
+        )
+        self.denoiser.forward_context(
+            conditions.context, conditions.context_dropped, cache.batch_size, cache.context_layers
+        )
+        start = 0
+        while prefix_frames - start > piece:
+            latents = run.prefix[:, start : start + piece]
+            timesteps = torch.full(latents.shape[:2], schedule.finished_timestep, device=self.device)
+            self._predict_cached(run, cache, latents, timesteps, start, num_final=piece)
+            start += piece
+        latents = run.prefix[:, start:]
+        for row in range(1, schedule.num_rows + 1):
+            active_start, stop = schedule.active_range(row)
+            num_final = active_start - start
+            missing = stop - start - latents.shape[1]
+            if missing:
+                latents = torch.cat([latents, run.noise(stop - missing, stop)], dim=1)
+            timesteps = schedule.timesteps(row, device=self.device)[start:stop]
+            timesteps = timesteps.expand(latents.shape[0], -1)
+            x0 = self._predict_cached(run, cache, latents, timesteps, start, num_final)[:, num_final:]
+            latents = self._denoise(schedule, row, latents[:, num_final:], x0, active_start, stop)
+            start = active_start
+            yield [FinalFrame(i, latents[:, i - start]) for i in self._finished(schedule, row)]
+
+    def _predict_cached(
+        self, run: _Run, cache: KVCache, latents: Tensor, timesteps: Tensor, start: int, num_final: int
+    ) -> Tensor:
+        conditions, stop = run.conditions, start + latents.shape[1]
+        layout = cache.begin_row(start, stop, num_final)
+        prediction = self.denoiser.forward_frames(
+            conditions.repeat(latents), conditions.repeat(timesteps), conditions.class_ids, start, layout, cache.layers
+        )
+        return self._guided_x0(run, prediction, latents, timesteps)
+
+    def _recomputed_rows(self, run: _Run) -> Iterator[list[FinalFrame]]:
+        """Run the whole common window in every row, as the authors do; positions count from the window's start."""
+        schedule, conditions = run.schedule, run.conditions
+        prefix_frames = schedule.num_prefix_frames
+        latents = torch.cat([run.prefix, run.noise(prefix_frames, schedule.num_frames)], dim=1)
+        for row in range(1, schedule.num_rows + 1):
+            start, stop = schedule.window_range(row)
+            active_start, active_stop = schedule.active_range(row)
+            seen = latents[:, start:stop]
+            timesteps = schedule.timesteps(row, device=self.device)[start:stop].expand(latents.shape[0], -1)
+            prediction = self.denoiser(
+                conditions.repeat(seen),
+                conditions.repeat(timesteps),
+                conditions.context,
+                conditions.class_ids,
+                context_dropped=conditions.context_dropped,
+            )
+            active = slice(active_start - start, active_stop - start)
+            x0 = self._guided_x0(run, prediction, seen, timesteps)[:, active]
+            latents[:, active_start:active_stop] = self._denoise(
+                schedule, row, seen[:, active], x0, active_start, active_stop
+            )
+            yield [FinalFrame(i, latents[:, i].clone()) for i in self._finished(schedule, row)]
+
+    def _guided_x0(self, run: _Run, prediction: Tensor, latents: Tensor, timesteps: Tensor) -> Tensor:
+        """x0 in fp32 from the prediction for the batch, or for ``[conditional ; unconditional]``."""
+        predicted = [
+            self.noise_schedule.to_x0(self.target, part.float(), latents, timesteps)
+            for part in prediction.chunk(run.conditions.num_copies)
+        ]
+        return predicted[0] if len(predicted) == 1 else guide(predicted[0], predicted[1], run.guidance_scale)
+
+    def _denoise(
+        self, schedule: ADSchedule, row: int, latents: Tensor, x0: Tensor, start: int, stop: int
+    ) -> Tensor:
+        """One DDIM step of the frames [start, stop), which are the ones the row updates."""
+        now = schedule.timesteps(row, device=self.device)[start:stop]
+        then = schedule.next_timesteps(row, device=self.device)[start:stop]
+        levels = self.noise_schedule.alphas_cumprod
+        return ddim_step(latents, x0, levels[now], levels[then])
+
+    @staticmethod
+    def _finished(schedule: ADSchedule, row: int) -> range:
+        """The frames that are final after `row` and were not before."""
+        start, stop = schedule.active_range(row)
+        return range(start, stop if row == schedule.num_rows else schedule.active_range(row + 1)[0])
+
+    def _noise_source(
+        self, noise: Tensor | None, seed: int, video_ids: Tensor | None, batch_size: int
+    ) -> Callable[[int, int], Tensor]:
+        """A function that gives the initial noise of the frames [start, stop), [b n l c] in fp32."""
+        if noise is not None:
+            given = noise.to(self.device, torch.float32)
+            return lambda start, stop: given[:, start:stop]
+        ids = torch.arange(batch_size) if video_ids is None else video_ids
+        ids = ids.to(self.device)
+        length, channels = self.denoiser.config.tokens_per_frame, self.denoiser.config.latent_channels
+
+        def draw(start: int, stop: int) -> Tensor:
+            shape = (stop - start, length, channels)
+            return normal(seed, 0, ids, Purpose.SAMPLER_NOISE, shape, offset=start * length * channels)
+
+        return draw
+
+    def _check_positions(self, schedule: ADSchedule) -> None:
+        """A fixed table of positions must reach as far as the network is going to look."""
+        config = self.denoiser.config
+        reach = schedule.num_frames
+        if self.window_kind == "recompute" and self.window is not None:
+            reach = min(reach, self.window)
+        if config.positions == "sincos" and reach > config.max_frames:
+            raise InvalidValueError(
+                f"{reach} frames do not fit the denoiser's sincos table; legal: at most {config.max_frames}, "
+                f"or window_kind='recompute' with a window of at most {config.max_frames}"
+            )
