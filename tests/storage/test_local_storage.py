@@ -8,6 +8,7 @@ import stat
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -168,6 +169,7 @@ def test_a_stale_handle_is_retried_and_counted(storage: LocalStorage, monkeypatc
     from ardist import fault
 
     storage.put("a", b"x")
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
     fault._visits.clear()
     events.clear()
     monkeypatch.setenv(
