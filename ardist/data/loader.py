@@ -141,7 +141,9 @@ class StreamingLoader:
 
     def _start(self) -> None:
         """Start reading at the cursor. After a fork the parent's threads and locks are left behind, not used."""
-        self._process = os.getpid()
+        if self._process != os.getpid():
+            self._process = os.getpid()
+            self._reader.after_fork()
         self._order_lock = threading.Lock()
         self._ahead = self._cursor.epoch, self._cursor.consumed
         pinned = torch.cuda.is_available()

@@ -81,6 +81,10 @@ class SampleReader:
         self._headers: set[bytes] = set()
         self.retries = 0
 
+    def after_fork(self) -> None:
+        """Forget locks that a thread of the parent may have held; open files are shared and stay good for ``pread``."""
+        self._lock, self._opening = threading.Lock(), {}
+
     def refuse(self, shard: int, error: ShardError) -> None:
         """Treat every sample of a shard as bad from now on."""
         with self._lock:
