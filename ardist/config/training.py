@@ -46,6 +46,15 @@ class OptimizerConfig(Section):
     decay_steps: int = Field(0, ge=0, description="last steps of wsd")
     final_lr_fraction: Fraction = 0.0
 
+    @model_validator(mode="after")
+    def _decay_belongs_to_wsd(self) -> OptimizerConfig:
+        if (self.schedule == "wsd") != bool(self.decay_steps):
+            raise ValueError(
+                f"schedule {self.schedule!r} with decay_steps={self.decay_steps}; legal: decay_steps of 1 or more with "
+                "wsd, 0 with the others"
+            )
+        return self
+
 
 class TrainingConfig(Section):
     """Length, batch, precision and sharding."""
@@ -64,6 +73,7 @@ class TrainingConfig(Section):
     )
     max_skipped_in_row: int = Field(20, ge=1, description="stop with a report after this many skipped steps in a row")
     log_every: int = Field(10, ge=1)
+    timeout_minutes: float = Field(30, gt=0, description="how long a rank waits for the others in a collective")
     ema_decays: tuple[Annotated[float, Field(ge=0, lt=1)], ...] = (0.9999,)
     stop_after: int | None = Field(
         None, ge=1, description="save and stop with exit code 75 after this step, as if preempted"
@@ -102,6 +112,19 @@ class ValidationConfig(Section):
     every: int = Field(1000, ge=1)
     num_clips: int = Field(64, ge=1)
     staircases: int = Field(8, ge=1, description="fixed FoPP timestep sequences per clip")
+    weights: Literal["raw", "both"] = Field(
+        "both", description="both: the EMA of the first decay too, as ema_loss etc."
+    )
+
+
+class DebugConfig(Section):
+    """Checks and measurements that cost time."""
+
+    replica_check_every: int = Field(0, ge=0, description="compare the weights of all ranks every N steps; 0: never")
+    profile_step: int | None = Field(None, ge=0, description="first step of a torch profiler trace; null: none")
+    profile_steps: int = Field(3, ge=1, description="length of the trace in steps")
+    deterministic: bool = Field(False, description="refuse kernels whose result depends on timing")
+    log_sample_ids: bool = Field(False, description="append the sample ids of every step to logs/samples-<rank>.jsonl")
 
 
 class TrackingConfig(Section):
@@ -119,6 +142,10 @@ class TrainConfig(Section):
     task: Literal["denoiser", "ar_vae"]
     run_dir: str
     seed: int = Field(0, ge=0, lt=2**63)
+    init_from: str | None = Field(
+        None, description="run directory or checkpoint whose weights a fresh run starts from; no effect on a resume"
+    )
+    init_weights: str = Field("auto", description="auto: the largest EMA decay there is; raw; or an EMA decay")
     denoiser: DenoiserConfig | None = None
     ar_vae: ARVAEConfig | None = None
     diffusion: DiffusionConfig = DiffusionConfig()
@@ -128,6 +155,7 @@ class TrainConfig(Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
     validation: ValidationConfig = ValidationConfig()
     tracking: TrackingConfig = TrackingConfig()
+    debug: DebugConfig = DebugConfig()
     deepspeed: dict[str, Any] = Field(default_factory=dict, description="passed through to DeepSpeed, over our own")
 
     @model_validator(mode="after")

@@ -138,3 +138,15 @@ def _restore_extras(path: Path, commit: Commit, fragments: Fragments) -> None:
             if name not in targets:
                 raise CheckpointError(f"{path} holds {name!r}, which this model does not have")
             targets[name].data.copy_(value)
+
+
+def weights_kind(commit: Commit, wanted: str) -> str:
+    """The kind of state that ``init_weights`` means: auto (the largest EMA decay, else raw), raw, or a decay."""
+    if wanted == "raw" or (wanted == "auto" and not commit.ema_decays):
+        return "master"
+    if wanted == "auto":
+        return ema_kind(max(commit.ema_decays))
+    names = {f"{decay:g}": ema_kind(decay) for decay in commit.ema_decays}
+    if wanted not in names:
+        raise CheckpointError(f"init_weights={wanted!r}: that checkpoint has {', '.join(['auto', 'raw', *names])}")
+    return names[wanted]

@@ -1,0 +1,128 @@
+"""The log point: one reduction over ranks, one line for people, one record for everything else."""
+
+from __future__ import annotations
+
+import logging
+import math
+import resource
+import time
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ardist.training.callbacks.base import Callback
+from ardist.training.distributed import World
+from ardist.training.engine import StepOutcome
+from ardist.training.optimizer import learning_rate
+
+if TYPE_CHECKING:
+    from ardist.training.trainer import Trainer
+
+_log = logging.getLogger("ardist.training")
+
+
+class Window:
+    """Sums over the micro-batches since the last log point, kept on the device: adding makes nobody wait."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, torch.Tensor] = {}
+        self._micro_batches = 0
+        self.steps = 0
+        self.data_seconds = 0.0
+        self.other_seconds = 0.0
+        self.began = time.perf_counter()
+
+    def add(self, loss: torch.Tensor, metrics: dict[str, torch.Tensor]) -> None:
+        """Add one micro-batch's numbers."""
+        for name, value in {"loss": loss.detach(), **metrics}.items():
+            self._sums[name] = self._sums[name] + value if name in self._sums else value.clone()
+        self._micro_batches += 1
+
+    def means(self, world: World) -> dict[str, Any]:
+        """Means over micro-batches, steps and ranks: one reduction and one host read (collective)."""
+        names = sorted(self._sums)
+        if not names:
+            return {}
+        flat = torch.cat([self._sums[name].reshape(-1) for name in names]) / self._micro_batches
+        values, result, position = world.mean(flat).tolist(), {}, 0
+        for name in names:
+            size = self._sums[name].numel()
+            part = values[position : position + size]
+            result[name] = part if self._sums[name].ndim else part[0]
+            position += size
+        return result
+
+
+class MetricsLog(Callback):
+    """Every ``training.log_every`` steps, and at the first and the last step of a process."""
+
+    def __init__(self) -> None:
+        self._first = True
+
+    def on_start(self, trainer: Trainer) -> None:
+        trainer.window = Window()
+
+    def after_step(self, trainer: Trainer) -> None:
+        due = trainer.step % trainer.config.training.log_every == 0 or trainer.step == trainer.total_steps
+        if due or trainer.stopping or self._first:
+            self._first = False
+            self._log(trainer)
+
+    def _log(self, trainer: Trainer) -> None:
+        window, outcome = trainer.window, trainer.outcome
+        means = window.means(trainer.world)
+        seconds = time.perf_counter() - window.began - window.other_seconds
+        record: dict[str, Any] = {
+            "kind": "train",
+            "step": trainer.step,
+            "epoch": trainer.epoch,
+            **means,
+            "lr": learning_rate(trainer.config.optimizer, trainer.step - 1, trainer.total_steps),
+            "grad_norm": _number(outcome),
+            **trainer.throughput.rates(window.steps, seconds),
+            "data_wait_fraction": window.data_seconds / max(seconds, 1e-9),
+            "memory_gib": _memory(trainer.world.device),
+            "samples": trainer.step * trainer.config.training.global_batch_size,
+            "skipped_steps": trainer.skipped_steps,
+            "time": time.time(),
+        }
+        trainer.useful_seconds += seconds
+        trainer.write_record(record)
+        if trainer.world.is_main:
+            _log.info("%s", console_line(record, trainer.total_steps))
+        trainer.window = Window()
+
+
+def _number(outcome: StepOutcome | None) -> float | None:
+    return None if outcome is None or outcome.grad_norm is None else float(outcome.grad_norm)
+
+
+def _memory(device: torch.device) -> float:
+    """Peak memory of this process in GiB: of the GPU where there is one, of the host otherwise."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def console_line(record: dict[str, Any], total_steps: int) -> str:
+    """One line for people; what is not known is n/a."""
+
+    def shown(name: str, pattern: str) -> str:
+        value = record.get(name)
+        return "n/a" if value is None or not math.isfinite(value) else format(value, pattern)
+
+    mfu = record.get("mfu")
+    return " · ".join(
+        [
+            f"step {record['step']}/{total_steps}",
+            f"loss {shown('loss', '.4f')}",
+            f"grad {shown('grad_norm', '.3f')}",
+            f"lr {shown('lr', '.2e')}",
+            f"{shown('clips_per_second', '.1f')} clips/s",
+            f"{shown('tokens_per_second', ',.0f')} tokens/s",
+            f"{shown('tflops', '.2f')} TFLOP/s",
+            f"MFU {'n/a' if mfu is None else format(mfu, '.1%')}",
+            f"data wait {shown('data_wait_fraction', '.1%')}",
+            f"{shown('memory_gib', '.1f')} GiB",
+        ]
+    )

@@ -1,0 +1,42 @@
+"""Silent divergence: the weights of all ranks are compared bit for bit now and then."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from ardist.errors import HardwareError
+from ardist.training.callbacks.base import Callback
+
+if TYPE_CHECKING:
+    from ardist.training.trainer import Trainer
+
+
+class ReplicaCheck(Callback):
+    """Every ``debug.replica_check_every`` steps; with ZeRO-3 there are no replicas and nothing is compared."""
+
+    def after_step(self, trainer: Trainer) -> None:
+        every = trainer.config.debug.replica_check_every
+        if every and trainer.step % every == 0 and trainer.config.training.zero_stage < 3:
+            sums = checksums(trainer.engine.module)
+            everyone = trainer.world.all_gather(sums)
+            usual = max(everyone, key=everyone.count)
+            odd = [rank for rank, theirs in enumerate(everyone) if theirs != usual]
+            if odd:
+                raise HardwareError(
+                    f"at step {trainer.step} the weights of rank {', '.join(map(str, odd))} differ from those of the "
+                    f"other ranks, which must never happen: look at that machine's memory and GPU. The checkpoint of "
+                    f"step {trainer.writer.last_saved} may be older than the damage"
+                )
+
+
+@torch.no_grad()
+def checksums(module: torch.nn.Module) -> list[int]:
+    """A weighted sum of the bit patterns of all parameters, two numbers, wrapping around in 64 bits."""
+    plain = weighted = 0
+    for index, parameter in enumerate(module.parameters()):
+        view = torch.int32 if parameter.element_size() == 4 else torch.int16
+        total = int(parameter.detach().contiguous().view(-1).view(view).sum(dtype=torch.int64))
+        plain, weighted = (plain + total) % 2**63, (weighted + (index + 1) * total) % 2**63
+    return [plain, weighted]

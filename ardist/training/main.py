@@ -1,0 +1,71 @@
+"""The program of one rank: ``python -m ardist.training.main CONFIG [section.key=value ...]``."""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import faulthandler
+import logging
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Sequence
+
+from ardist import log
+from ardist.config import TrainConfig, load_config
+from ardist.errors import ArdistError
+from ardist.training import distributed
+
+_PR_SET_PDEATHSIG = 1
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Train as one rank of the launcher's; returns the exit code (0, or that of the error's family)."""
+    parser = argparse.ArgumentParser(
+        prog="python -m ardist.training.main",
+        description="One rank of a training run; started by launchers/train.sh, or alone.",
+    )
+    parser.add_argument("config", help="a YAML file such as configs/quickstart/denoiser.yaml")
+    parser.add_argument("overrides", nargs="*", help="settings over the file's: training.steps=200")
+    parser.add_argument("--local_rank", type=int, default=None, help="given by the deepspeed launcher")
+    parser.add_argument("--debug", action="store_true", help="tracebacks and debug messages")
+    options = parser.parse_intermixed_args(arguments)
+    if options.local_rank is not None:
+        os.environ.setdefault("LOCAL_RANK", str(options.local_rank))
+    faulthandler.enable()
+    die_with_parent()
+    log.configure(level=logging.DEBUG if options.debug else logging.INFO)
+    try:
+        config = load_config(TrainConfig, options.config, options.overrides)
+        distributed.prepare_environment()
+        from ardist.training.trainer import train
+
+        train(config)
+        return 0
+    except ArdistError as error:
+        # Every rank meets the same bad configuration; one message per machine is enough.
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            _show(error, f"ardist train: {error}", options.debug)
+        return error.exit_code
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
+    except Exception as error:  # noqa: BLE001 - the last line of defence: reported, and the launcher ends the others
+        _show(error, f"ardist train: unexpected {type(error).__name__}: {error}", debug=True)
+        return 1
+
+
+def die_with_parent() -> None:
+    """Have the kernel send SIGTERM when the launcher dies, so that no orphan goes on training alone (Linux)."""
+    if sys.platform == "linux" and "WORLD_SIZE" in os.environ:
+        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+def _show(error: BaseException, message: str, debug: bool) -> None:
+    if debug:
+        traceback.print_exception(error)
+    print(message, file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    distributed.leave(main())

@@ -1,0 +1,253 @@
+"""What is learned: the loss of a micro-batch and the held-out measures, for the denoiser and for the AR-VAE.
+
+All randomness about a sample is a function of (seed, epoch, sample id), so the loss of a global batch does not depend
+on the number of ranks or on the micro-batch size beyond the order of float additions: every objective is a mean over
+samples, and micro-batches are equal in size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from ardist.config import TrainConfig
+from ardist.data.batch import Batch
+from ardist.data.manifest import Manifest
+from ardist.diffusion import counter_rng
+from ardist.diffusion.counter_rng import Purpose
+from ardist.diffusion.fopp import sample_timesteps
+from ardist.diffusion.losses import (
+    condition_dropout,
+    diffusion_loss,
+    loss_by_frame,
+    min_snr_weights,
+    per_frame_mse,
+)
+from ardist.diffusion.noise import NoiseSchedule
+from ardist.models.ar_vae import ARVAE
+from ardist.models.denoiser import Denoiser
+from ardist.models.flops import denoiser_flops
+from ardist.models.parallelize import parallelize
+
+Forward = Callable[..., Any]
+"""A model's forward pass, be it the module itself or an engine around it."""
+
+VALIDATION_SEED = 0
+"""Held-out noise and staircases are the same for every run, so that runs can be compared."""
+
+TIMESTEP_BUCKETS = 10
+
+
+class Objective(Protocol):
+    """What the loop needs to know about a task."""
+
+    flops_per_clip: float | None
+    tokens_per_clip: int
+
+    def build_model(self) -> nn.Module:
+        """The model in fp32 on the host, with activation checkpointing and compilation as configured."""
+
+    def loss(self, forward: Forward, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """Loss of a micro-batch that lies on the device, and detached numbers or vectors to average and log."""
+
+    def evaluate(self, forward: Forward, clip: Batch) -> dict[str, list[float]]:
+        """Held-out measures of one clip as flat lists; equal on every rank that computes them."""
+
+    def summarise(self, clips: list[dict[str, list[float]]]) -> dict[str, Any]:
+        """One validation record from the measures of all clips, in the data set's order."""
+
+    def describe(self, sample_ids: Tensor, epoch: int) -> dict[str, Any]:
+        """What these samples were given in training, for the report of a bad step."""
+
+
+def build_objective(config: TrainConfig, manifest: Manifest, device: torch.device) -> Objective:
+    """The objective of ``config.task``."""
+    if config.task == "denoiser":
+        return DenoiserObjective(config, manifest, device)
+    return AutoencoderObjective(config, manifest, device)
+
+
+class DenoiserObjective:
+    """Predict x0 (or eps, or v) of clips whose frames are noised to FoPP timesteps (METHOD sections 1 and 3)."""
+
+    def __init__(self, config: TrainConfig, manifest: Manifest, device: torch.device) -> None:
+        assert config.denoiser is not None
+        self.config = config
+        self.model_config = config.denoiser
+        self.diffusion = config.diffusion
+        self.schedule = NoiseSchedule.create(self.diffusion.schedule, self.diffusion.num_timesteps).to(device)
+        frames, tokens, _ = manifest.shape
+        self.num_frames = frames
+        self.tokens_per_clip = frames * tokens
+        self.flops_per_clip: float | None = float(denoiser_flops(self.model_config, frames).training)
+
+    def build_model(self) -> nn.Module:
+        """A fresh denoiser."""
+        training = self.config.training
+        return parallelize(
+            Denoiser(self.model_config),
+            activation_checkpointing=training.activation_checkpointing,
+            compile=training.compile,
+        )
+
+    def loss(self, forward: Forward, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """Mean squared error per frame, weighted as configured."""
+        x0 = batch.values.float()
+        timesteps = self._timesteps(batch.sample_ids, batch.epoch)
+        eps = counter_rng.normal(
+            self.config.seed, batch.epoch, batch.sample_ids, Purpose.NOISE, tuple(x0.shape[1:]), dtype=x0.dtype
+        )
+        dropped = condition_dropout(
+            self.diffusion.condition_dropout, seed=self.config.seed, epoch=batch.epoch, sample_ids=batch.sample_ids
+        )
+        frame_losses = self._frame_losses(forward, batch, x0, eps, timesteps, dropped)
+        gamma = self.diffusion.min_snr_gamma
+        weights = None if gamma is None else min_snr_weights(self.schedule, self.diffusion.target, timesteps, gamma)
+        return diffusion_loss(frame_losses, timestep_weights=weights), {"loss_per_frame": loss_by_frame(frame_losses)}
+
+    def evaluate(self, forward: Forward, clip: Batch) -> dict[str, list[float]]:
+        """Loss of every frame at each of the fixed FoPP staircases, its timestep, and the loss of predicting zero."""
+        count = self.config.validation.staircases
+        staircases, noises = [], []
+        for number in range(count):
+            # Staircase `number` takes the place of the epoch in the key: as many independent draws as are wanted.
+            ids = clip.sample_ids
+            staircases.append(
+                sample_timesteps(
+                    "fopp",
+                    1,
+                    clip.values.shape[1],
+                    self.diffusion.num_timesteps,
+                    seed=VALIDATION_SEED,
+                    epoch=number,
+                    sample_ids=ids,
+                    purpose=Purpose.VALIDATION,
+                )
+            )
+            shape = tuple(clip.values.shape[1:])
+            noises.append(counter_rng.normal(VALIDATION_SEED, number, ids, Purpose.NOISE, shape))
+        timesteps, eps = torch.cat(staircases), torch.cat(noises)
+        x0 = clip.values.float().expand(count, *clip.values.shape[1:])
+        losses = self._frame_losses(forward, clip, x0, eps, timesteps, None)
+        target = self.schedule.target(self.diffusion.target, x0, eps, timesteps)
+        zero = per_frame_mse(torch.zeros_like(target), target)
+        return {
+            "loss": losses.flatten().tolist(),
+            "predict_zero": zero.flatten().tolist(),
+            "timestep": timesteps.flatten().tolist(),
+        }
+
+    def summarise(self, clips: list[dict[str, list[float]]]) -> dict[str, Any]:
+        """Means over clips and staircases: overall, per frame, and per (frame, range of timesteps)."""
+        columns = {
+            name: torch.tensor([clip[name] for clip in clips], dtype=torch.float64).unflatten(
+                1, (self.config.validation.staircases, -1)
+            )
+            for name in ("loss", "predict_zero", "timestep")
+        }
+        loss, zero = columns["loss"], float(columns["predict_zero"].mean())
+        bucket = (columns["timestep"].long() * TIMESTEP_BUCKETS).div(
+            self.diffusion.num_timesteps, rounding_mode="floor"
+        )
+        table: list[list[float | None]] = []
+        for frame in range(loss.shape[2]):
+            rows = [loss[..., frame][bucket[..., frame] == index] for index in range(TIMESTEP_BUCKETS)]
+            table.append([float(row.mean()) if row.numel() else None for row in rows])
+        return {
+            "loss": float(loss.mean()),
+            "loss_per_frame": loss.mean(dim=(0, 1)).tolist(),
+            "predict_zero": zero,
+            "fraction_of_predict_zero": float(loss.mean()) / zero,
+            "loss_per_frame_and_timestep": table,
+            "clips": len(clips),
+        }
+
+    def describe(self, sample_ids: Tensor, epoch: int) -> dict[str, Any]:
+        """The timesteps every sample was given."""
+        return {"timesteps": self._timesteps(sample_ids, epoch).tolist()}
+
+    def _timesteps(self, sample_ids: Tensor, epoch: int) -> Tensor:
+        law: Any = self.diffusion.law
+        return sample_timesteps(
+            law,
+            len(sample_ids),
+            self.num_frames,
+            self.diffusion.num_timesteps,
+            seed=self.config.seed,
+            epoch=epoch,
+            sample_ids=sample_ids,
+        )
+
+    def _frame_losses(
+        self, forward: Forward, batch: Batch, x0: Tensor, eps: Tensor, timesteps: Tensor, dropped: Tensor | None
+    ) -> Tensor:
+        noisy = self.schedule.add_noise(x0, eps, timesteps)
+        prediction = forward(noisy, timesteps, **self._condition(batch, len(x0), dropped))
+        return per_frame_mse(prediction, self.schedule.target(self.diffusion.target, x0, eps, timesteps))
+
+    def _condition(self, batch: Batch, rows: int, dropped: Tensor | None) -> dict[str, Tensor]:
+        condition: dict[str, Tensor] = {}
+        if self.model_config.num_classes is not None and batch.class_ids is not None:
+            ids, null = batch.class_ids.expand(rows), self.model_config.num_classes
+            without = ids < 0 if dropped is None else (ids < 0) | dropped
+            condition["class_ids"] = torch.where(without, null, ids)
+        if self.model_config.context_tokens and batch.context is not None:
+            condition["context"] = batch.context.expand(rows, *batch.context.shape[1:])
+            if dropped is not None:
+                condition["context_dropped"] = dropped
+        return condition
+
+
+class AutoencoderObjective:
+    """Stage 1 of the AR-VAE: L1 between frames and their reconstruction (METHOD section 5)."""
+
+    def __init__(self, config: TrainConfig, manifest: Manifest, device: torch.device) -> None:
+        assert config.ar_vae is not None
+        self.config = config
+        self.model_config = config.ar_vae
+        self.tokens_per_clip = manifest.shape[0] * self.model_config.tokens_per_frame
+        self.flops_per_clip: float | None = None
+
+    def build_model(self) -> nn.Module:
+        """A fresh AR-VAE."""
+        model = ARVAE(self.model_config)
+        model.set_activation_checkpointing(self.config.training.activation_checkpointing != "none")
+        return model
+
+    def loss(self, forward: Forward, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """Mean absolute error over pixels in [0, 1]."""
+        frames = _frames(batch)
+        reconstruction, _ = forward(frames)
+        error = (reconstruction - frames).abs().mean()
+        return error, {"l1": error.detach()}
+
+    def evaluate(self, forward: Forward, clip: Batch) -> dict[str, list[float]]:
+        """Mean absolute and mean squared error of every frame."""
+        frames = _frames(clip)
+        reconstruction, _ = forward(frames)
+        error = (reconstruction.clamp(0.0, 1.0) - frames).flatten(2)
+        return {"l1": error.abs().mean(dim=2).flatten().tolist(), "mse": error.square().mean(dim=2).flatten().tolist()}
+
+    def summarise(self, clips: list[dict[str, list[float]]]) -> dict[str, Any]:
+        """Mean L1, and the mean over frames of their PSNR in dB."""
+        l1, mse = (torch.tensor([clip[name] for clip in clips], dtype=torch.float64) for name in ("l1", "mse"))
+        psnr = -10.0 * torch.log10(mse.clamp(min=1e-10))
+        return {
+            "loss": float(l1.mean()),
+            "l1": float(l1.mean()),
+            "psnr": float(psnr.mean()),
+            "loss_per_frame": l1.mean(dim=0).tolist(),
+            "clips": len(clips),
+        }
+
+    def describe(self, sample_ids: Tensor, epoch: int) -> dict[str, Any]:
+        """Nothing random is added to the samples."""
+        return {}
+
+
+def _frames(batch: Batch) -> Tensor:
+    """uint8 [m, F, H, W, 3] to float [m, F, 3, H, W] in [0, 1]."""
+    return batch.values.permute(0, 1, 4, 2, 3).float() / 255.0

@@ -1,0 +1,164 @@
+"""Everything that can be known before the process group exists is checked here, and told in one message."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from ardist.config import TrainConfig, batch_layout
+from ardist.data.manifest import Manifest, load_manifest
+from ardist.data.order import check_layout
+from ardist.errors import ArdistError, CheckpointError, ConfigError, DataError
+from ardist.training import commit as commits
+from ardist.training.commit import Commit
+
+OWN_DEEPSPEED_KEYS = {
+    "train_batch_size": "training.global_batch_size",
+    "train_micro_batch_size_per_gpu": "training.micro_batch_size",
+    "gradient_accumulation_steps": "training.micro_batch_size",
+    "gradient_clipping": "optimizer.grad_clip",
+    "optimizer": "optimizer",
+    "scheduler": "optimizer.schedule",
+}
+
+IDENTITY = ("task", "denoiser", "ar_vae")
+"""Settings that a checkpoint must share with the run that resumes it."""
+
+DIFFUSION_IDENTITY = ("num_timesteps", "schedule", "target")
+
+
+def check_run(config: TrainConfig, world_size: int, checkpoints: Path) -> Manifest:
+    """Check a run against its data, its checkpoints and this machine; returns the training set's manifest.
+
+    Raises `ConfigError` or, when only data is at fault, `DataError`, with every problem in one message.
+    """
+    problems: list[str] = []
+    data_problems: list[str] = []
+    manifest = _manifest(config.data.path, data_problems)
+    held_out = _manifest(config.validation.path, data_problems) if config.validation.path else None
+    problems += _machine_problems(config)
+    problems += _layout_problems(config, world_size, manifest)
+    for what, found in (("data.path", manifest), ("validation.path", held_out)):
+        if found is not None:
+            problems += [f"{what}: {problem}" for problem in _shape_problems(config, found)]
+    if manifest is not None and held_out is not None and manifest.shape != held_out.shape:
+        problems.append(f"validation.path holds samples of {list(held_out.shape)}, data.path of {list(manifest.shape)}")
+    for key in config.deepspeed:
+        if key in OWN_DEEPSPEED_KEYS:
+            problems.append(f"deepspeed.{key}: this is derived from {OWN_DEEPSPEED_KEYS[key]}; set that instead")
+    problems += _checkpoint_problems(config, checkpoints)
+    everything = problems + data_problems
+    if not everything and manifest is not None:
+        return manifest
+    noun = "problem" if len(everything) == 1 else "problems"
+    message = f"this run cannot start, {len(everything)} {noun}:\n" + "\n".join(f"  {line}" for line in everything)
+    raise ConfigError(message) if problems else DataError(message)
+
+
+def _manifest(path: str, problems: list[str]) -> Manifest | None:
+    try:
+        return load_manifest(path)
+    except ArdistError as error:
+        problems.append(str(error))
+        return None
+
+
+def _machine_problems(config: TrainConfig) -> Iterator[str]:
+    training = config.training
+    if not torch.cuda.is_available() and training.precision == "fp16":
+        yield "training.precision: fp16 needs a GPU; legal on a CPU: bf16, fp32"
+    if training.compile and config.task == "ar_vae":
+        yield "training.compile: only the denoiser is compiled; legal for task ar_vae: false"
+    if config.init_from is not None and not Path(config.init_from).expanduser().is_dir():
+        yield f"init_from: {config.init_from!r} is not a directory"
+
+
+def _layout_problems(config: TrainConfig, world_size: int, manifest: Manifest | None) -> Iterator[str]:
+    try:
+        batch_layout(config.training, world_size)
+    except ValueError as error:
+        yield f"training.{error}"
+        return
+    if manifest is not None:
+        try:
+            check_layout(
+                manifest.num_samples,
+                lanes=config.data.lanes,
+                global_batch_size=config.training.global_batch_size,
+                world_size=world_size,
+            )
+        except ArdistError as error:
+            yield f"data: {error}"
+
+
+def _shape_problems(config: TrainConfig, manifest: Manifest) -> Iterator[str]:
+    wanted = "latents" if config.task == "denoiser" else "pixels"
+    if manifest.kind != wanted:
+        yield f"holds {manifest.kind}; task {config.task!r} trains on {wanted}"
+        return
+    if config.task == "denoiser":
+        model = config.denoiser
+        assert model is not None
+        frames, tokens, channels = manifest.shape
+        if (tokens, channels) != (model.tokens_per_frame, model.latent_channels):
+            yield (
+                f"holds latents of {tokens} tokens x {channels} channels per frame; the denoiser is configured for "
+                f"tokens_per_frame={model.tokens_per_frame}, latent_channels={model.latent_channels}"
+            )
+        if model.positions == "sincos" and frames > model.max_frames:
+            yield f"holds clips of {frames} frames; denoiser.max_frames is {model.max_frames}"
+        classes = len(manifest.classes or ())
+        if model.num_classes is not None and classes > model.num_classes:
+            yield f"has {classes} classes; denoiser.num_classes is {model.num_classes}"
+        if model.num_classes is not None and not classes:
+            yield "has no class labels; denoiser.num_classes must be null for it"
+    else:
+        autoencoder = config.ar_vae
+        assert autoencoder is not None
+        _, height, width, _ = manifest.shape
+        if height % autoencoder.patch_size or width % autoencoder.patch_size:
+            yield f"holds frames of {height}x{width}; the AR-VAE needs multiples of patch_size={autoencoder.patch_size}"
+
+
+def _checkpoint_problems(config: TrainConfig, checkpoints: Path) -> Iterator[str]:
+    """A run directory whose newest readable commit is of another model is refused before anything starts."""
+    for path in commits.candidates(checkpoints):
+        try:
+            commit = commits.read_commit(path)
+        except CheckpointError:
+            continue  # the resume will say so, count it and take the one before
+        yield from identity_problems(commit, config)
+        return
+
+
+def identity_problems(commit: Commit, config: TrainConfig) -> Iterator[str]:
+    """Differences between a checkpoint's run and this one that make a resume meaningless."""
+    ours, theirs = config.model_dump(mode="json"), commit.config
+    if not theirs:
+        return
+    pairs = [(name, ours.get(name), theirs.get(name)) for name in IDENTITY]
+    if config.task == "denoiser":
+        pairs += [
+            (f"diffusion.{name}", ours["diffusion"][name], theirs.get("diffusion", {}).get(name))
+            for name in DIFFUSION_IDENTITY
+        ]
+    for name, mine, saved in pairs:
+        if isinstance(mine, dict) and isinstance(saved, dict):
+            changed = {key for key in {*mine, *saved} if mine.get(key) != saved.get(key)} - {"attention_backend"}
+            if changed:
+                details = ", ".join(f"{key} {saved.get(key)!r} -> {mine.get(key)!r}" for key in sorted(changed))
+                yield _other_run(name, details, commit)
+        elif mine != saved:
+            yield _other_run(name, f"{saved!r} -> {mine!r}", commit)
+    missing = sorted(set(config.training.ema_decays) - set(commit.ema_decays))
+    if missing:
+        yield _other_run("training.ema_decays", f"{list(commit.ema_decays)} has no {missing}", commit)
+
+
+def _other_run(name: str, details: str, commit: Commit) -> str:
+    return (
+        f"{name}: the run directory holds a checkpoint (step {commit.step}) of another configuration: {details}. "
+        "Use another run_dir; to begin with those weights, set init_from"
+    )
