@@ -13,6 +13,7 @@ from torch import Tensor
 from ardist.errors import InvalidValueError, choose
 from ardist.models.attention import flash, flex, reference, sdpa
 from ardist.models.attention.layout import AttentionLayout
+from ardist.models.attention.tracing import trace_time_constant
 
 _ATTEND: dict[str, Callable[[Tensor, Tensor, Tensor, AttentionLayout], Tensor]] = {
     "reference": reference.attend,
@@ -85,6 +86,7 @@ def available_backends(
     return result
 
 
+@trace_time_constant
 def _resolve(name: str, device_type: str, dtype: torch.dtype, head_dim: int, tracked: bool) -> str:
     choose("attention backend", name, BACKENDS)
     if name == "auto":
@@ -104,13 +106,15 @@ def _resolve(name: str, device_type: str, dtype: torch.dtype, head_dim: int, tra
 def _problem(name: str, device_type: str, dtype: torch.dtype, head_dim: int, tracked: bool) -> str | None:
     """Why a backend cannot serve such tensors, or None."""
     if name == "flex":
-        return _flex_problem(device_type, tracked)
+        return _flex_problem(device_type, dtype, tracked)
     if name == "flash":
         return flash.none_works(device_type, dtype, head_dim)
     return None
 
 
-def _flex_problem(device_type: str, tracked: bool) -> str | None:
+def _flex_problem(device_type: str, dtype: torch.dtype, tracked: bool) -> str | None:
+    if dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        return f"FlexAttention takes float32, float16 and bfloat16, not {str(dtype).removeprefix('torch.')}"
     if device_type == "cpu":
         if tracked:
             return "FlexAttention has no gradients on cpu"

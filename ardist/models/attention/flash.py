@@ -21,6 +21,7 @@ from ardist.models.attention.cuda_kernels import FlashAttention2Kernel, FlashAtt
 from ardist.models.attention.kernels import FlashKernel
 from ardist.models.attention.layout import AttentionLayout
 from ardist.models.attention.merging import block_causal
+from ardist.models.attention.tracing import trace_time_constant
 
 KERNELS: dict[str, FlashKernel] = {
     kernel.name: kernel for kernel in (FlashAttention3Kernel(), FlashAttention2Kernel(), TorchCUDAKernel(), CPUKernel())
@@ -40,6 +41,7 @@ def attend(
     return block_causal(q, k, v, layout, kernel)
 
 
+@trace_time_constant
 def select(device_type: str, dtype: torch.dtype, head_dim: int) -> str:
     """Name of the best kernel that works for such tensors.
 

@@ -1,4 +1,4 @@
-"""FlexAttention: one compiled kernel that skips the blocks of the mask that are empty.
+"""FlexAttention: one compiled kernel that skips the empty blocks of the mask.
 
 The block mask is built once per layout and device. On CPU FlexAttention has no backward pass, so it serves inference.
 """
@@ -6,6 +6,7 @@ The block mask is built once per layout and device. On CPU FlexAttention has no 
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -15,37 +16,72 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from ardist.models.attention.layout import AttentionLayout
+from ardist.models.attention.tracing import trace_time_constant
 
 BLOCK_TOKENS = 128
+COMPILED_LAYOUTS = 64
 
 
 def attend(
     q: Float[Tensor, "b h n d"], k: Float[Tensor, "b h m d"], v: Float[Tensor, "b h m d"], layout: AttentionLayout
 ) -> Float[Tensor, "b h n d"]:
-    """Attention through FlexAttention, compiled unless a compiler is already tracing."""
-    mask = block_mask(layout, q.device)
+    """Attention through FlexAttention, compiled here unless a compiler is already tracing."""
+    layout = layout.relative()
     if torch.compiler.is_compiling():
-        return _out(flex_attention(q, k, v, block_mask=mask))
+        out: Tensor = flex_attention(q, k, v, block_mask=_assemble(layout, _constant_tables(layout, q.device)))
+        return out
     if not torch.is_grad_enabled():
         # On CPU the kernel refuses tensors that merely could require a gradient.
         q, k, v = q.detach(), k.detach(), v.detach()
-    return _out(_compiled()(q, k, v, block_mask=mask))
-
-
-def _out(result: Any) -> Tensor:
-    assert isinstance(result, Tensor)
-    return result
+    out = _compiled()(q, k, v, block_mask=block_mask(layout, q.device))
+    return out
 
 
 @functools.cache
 def _compiled() -> Callable[..., Any]:
-    compiled: Callable[..., Any] = torch.compile(flex_attention, dynamic=False)
+    # Each layout compiles anew. Past the limit the compiler would quietly fall back to a dense computation, so it is
+    # set wide where it can be, and `fullgraph` turns what lies beyond it into an error.
+    wide = "recompile_limit" in inspect.signature(torch.compile).parameters
+    options: dict[str, Any] = {"recompile_limit": COMPILED_LAYOUTS} if wide else {}
+    compiled: Callable[..., Any] = torch.compile(flex_attention, dynamic=False, fullgraph=True, **options)
     return compiled
 
 
-@functools.lru_cache(maxsize=64)
+@functools.lru_cache(maxsize=COMPILED_LAYOUTS)
 def block_mask(layout: AttentionLayout, device: torch.device) -> BlockMask:
-    """Which blocks of 128 queries x 128 keys are empty, partly or fully visible; never the whole mask at once."""
+    """Which blocks of 128 queries x 128 keys are empty, partly or fully visible."""
+    with torch.inference_mode(False), torch.no_grad():
+        return _assemble(layout, _tables(layout, device))
+
+
+def _assemble(layout: AttentionLayout, tables: tuple[Tensor, ...]) -> BlockMask:
+    def visible(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return layout.allowed(query, key)
+
+    partial, every, partial_back, every_back = zip(tables[::2], tables[1::2], strict=True)
+    return BlockMask(
+        (layout.num_queries, layout.num_keys),
+        *partial,
+        *every,
+        *partial_back,
+        *every_back,
+        BLOCK_SIZE=(BLOCK_TOKENS, BLOCK_TOKENS),
+        mask_mod=visible,
+    )
+
+
+@trace_time_constant
+def _constant_tables(layout: AttentionLayout, device: torch.device) -> tuple[Tensor, ...]:
+    return _tables(layout, device)
+
+
+@functools.lru_cache(maxsize=COMPILED_LAYOUTS)
+def _tables(layout: AttentionLayout, device: torch.device) -> tuple[Tensor, ...]:
+    """The eight tables of a block mask, without ever holding the whole mask.
+
+    Counts and indices of the partly visible key blocks of each query block, those of the fully visible ones, and the
+    same from the side of the key blocks, which the backward pass walks through.
+    """
     with torch.inference_mode(False), torch.no_grad():
         rows = -(-layout.num_queries // BLOCK_TOKENS)
         columns = -(-layout.num_keys // BLOCK_TOKENS)
@@ -57,21 +93,8 @@ def block_mask(layout: AttentionLayout, device: torch.device) -> BlockMask:
             inside = (query[:, None] < layout.num_queries) & (key[None, :] < layout.num_keys)
             seen = (layout.allowed(query[:, None], key[None, :]) & inside).unflatten(1, (columns, BLOCK_TOKENS))
             some[row], every[row] = seen.any(2).any(0), seen.all(2).all(0)
-        partial_count, partial_index = _ordered(some & ~every)
-        full_count, full_index = _ordered(every)
-
-    def visible(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        return layout.allowed(query, key)
-
-    return BlockMask.from_kv_blocks(
-        partial_count,
-        partial_index,
-        full_count,
-        full_index,
-        BLOCK_SIZE=BLOCK_TOKENS,
-        mask_mod=visible,
-        seq_lengths=(layout.num_queries, layout.num_keys),
-    )
+        partial = some & ~every
+        return *_ordered(partial), *_ordered(every), *_ordered(partial.T), *_ordered(every.T)
 
 
 def _ordered(blocks: Tensor) -> tuple[Tensor, Tensor]:

@@ -22,7 +22,7 @@ class FlashKernel(abc.ABC):
 
     @abc.abstractmethod
     def forward(self, q: Tensor, k: Tensor, v: Tensor, scale: float, piece: Piece) -> tuple[Tensor, Tensor]:
-        """[b, n, h, d] and twice [b, m, h, d] -> output [b, n, h, d] and log-sum-exp [b, h, n] of the piece's scores."""
+        """[b, n, h, d] and twice [b, m, h, d] -> output [b, n, h, d] and log-sum-exp [b, h, n] of the scores."""
 
     @abc.abstractmethod
     def backward(

@@ -7,6 +7,7 @@ below, so that the mask the network was trained with is the mask the cached samp
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -124,6 +125,14 @@ class AttentionLayout:
             return True
         oldest = 0 if self.window is None else max(0, self.query_frames[0] - self.window + 1)
         return self.key_frames[0] <= oldest
+
+    def relative(self) -> AttentionLayout:
+        """The layout of the same mask with frames counted from the first key: rows of a sliding window coincide."""
+        shift = self.key_frames[0]
+        if shift == 0:
+            return self
+        start, stop = (max(0, frame - shift) for frame in self.query_frames)
+        return dataclasses.replace(self, query_frames=(start, stop), key_frames=(0, self.num_key_frames))
 
     def visible_frames(self, frame: int) -> tuple[int, int]:
         """``[start, stop)`` of the present key frames that the queries of `frame` see."""

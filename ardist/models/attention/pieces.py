@@ -24,6 +24,7 @@ from jaxtyping import Bool
 from torch import Tensor
 
 from ardist.models.attention.layout import AttentionLayout
+from ardist.models.attention.tracing import trace_time_constant
 
 
 @dataclass(frozen=True)
@@ -70,9 +71,14 @@ def band_mask(n: int, m: int, left: int | None, right: int | None, device: torch
     return mask
 
 
-@functools.lru_cache(maxsize=256)
+@trace_time_constant
 def pieces(layout: AttentionLayout) -> tuple[Piece, ...]:
-    """The kernel calls whose union is exactly the mask of `layout`, every pair once."""
+    """The kernel calls whose union is exactly the mask of `layout`, every pair once; a constant to compilers."""
+    return _pieces(layout.relative())
+
+
+@functools.lru_cache(maxsize=256)
+def _pieces(layout: AttentionLayout) -> tuple[Piece, ...]:
     context, length = layout.context_tokens, layout.tokens_per_frame
     asking, end = layout.num_context_queries, layout.num_queries
     first_frame, last_frame = layout.query_frames[0], layout.query_frames[1] - 1
