@@ -9,14 +9,21 @@ import logging
 import os
 import signal
 import sys
+import threading
+import time
 import traceback
+import warnings
 from collections.abc import Sequence
+
+import psutil
 
 from ardist import log
 from ardist.config import TrainConfig, load_config
 from ardist.errors import ArdistError
 from ardist.training import distributed
+from ardist.training.launch import LAUNCHER_VARIABLE
 
+WATCH_SECONDS = 2.0
 _PR_SET_PDEATHSIG = 1
 
 
@@ -35,6 +42,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.environ.setdefault("LOCAL_RANK", str(options.local_rank))
     faulthandler.enable()
     die_with_parent()
+    watch_launcher()
+    # DeepSpeed calls functions that this torch names otherwise; once per rank and kind is once too often.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     log.configure(level=logging.DEBUG if options.debug else logging.INFO)
     try:
         config = load_config(TrainConfig, options.config, options.overrides)
@@ -59,6 +69,27 @@ def die_with_parent() -> None:
     """Have the kernel send SIGTERM when the launcher dies, so that no orphan goes on training alone (Linux)."""
     if sys.platform == "linux" and "WORLD_SIZE" in os.environ:
         ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+def watch_launcher() -> None:
+    """End this rank as on SIGTERM when the program of launchers/train.sh is gone, even if it was killed outright."""
+    identity = os.environ.get(LAUNCHER_VARIABLE, "")
+    if ":" not in identity:
+        return
+    pid, created = identity.split(":")
+
+    def watch() -> None:
+        while True:
+            time.sleep(WATCH_SECONDS)
+            try:
+                alive = psutil.Process(int(pid)).create_time() == float(created)
+            except psutil.NoSuchProcess:
+                alive = False
+            if not alive:
+                os.kill(os.getpid(), signal.SIGTERM)
+                return
+
+    threading.Thread(target=watch, name="launcher-watch", daemon=True).start()
 
 
 def _show(error: BaseException, message: str, debug: bool) -> None:

@@ -50,18 +50,16 @@ def build_optimizer(module: nn.Module, config: OptimizerConfig, *, offload: bool
 def learning_rate(config: OptimizerConfig, step: int, total_steps: int) -> float:
     """Learning rate of optimiser step `step` (0-based) of `total_steps`.
 
-    A linear warm-up over ``warmup_steps`` multiplies the schedule: ``constant``; ``cosine`` falls to
-    ``final_lr_fraction`` at the last step; ``wsd`` holds and then falls linearly over the last ``decay_steps``.
+    A linear warm-up over ``warmup_steps`` multiplies the schedule: ``constant``; ``cosine`` falls from the end of the
+    warm-up towards ``final_lr_fraction`` at `total_steps`; ``wsd`` holds, then falls linearly over ``decay_steps``.
     Being a function of the step alone it needs no state and is the same after every resume.
     """
     warmup = min(1.0, (step + 1) / config.warmup_steps) if config.warmup_steps else 1.0
     floor = config.final_lr_fraction
     shape = 1.0
     if config.schedule == "cosine":
-        span = max(1, total_steps - config.warmup_steps - 1)
-        progress = min(1.0, max(0, step - config.warmup_steps) / span)
-        shape = floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress))
-    elif config.schedule == "wsd" and config.decay_steps:
-        remaining = max(0, total_steps - 1 - step)
-        shape = floor + (1 - floor) * min(1.0, remaining / config.decay_steps)
+        progress = max(0, step - config.warmup_steps) / max(1, total_steps - config.warmup_steps)
+        shape = floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+    elif config.schedule == "wsd":
+        shape = floor + (1 - floor) * min(1.0, max(0, total_steps - step) / config.decay_steps)
     return config.lr * warmup * shape

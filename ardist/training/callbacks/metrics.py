@@ -120,7 +120,7 @@ def console_line(record: dict[str, Any], total_steps: int) -> str:
             f"lr {shown('lr', '.2e')}",
             f"{shown('clips_per_second', '.1f')} clips/s",
             f"{shown('tokens_per_second', ',.0f')} tokens/s",
-            f"{shown('tflops', '.2f')} TFLOP/s",
+            f"{shown('tflops', '.3g')} TFLOP/s",
             f"MFU {'n/a' if mfu is None else format(mfu, '.1%')}",
             f"data wait {shown('data_wait_fraction', '.1%')}",
             f"{shown('memory_gib', '.1f')} GiB",
