@@ -33,6 +33,7 @@ from ardist.events import events
 
 _TRANSIENT: Final = {errno.EIO, errno.ESTALE, errno.EAGAIN, errno.EINTR, errno.ETIMEDOUT}
 _TRIES: Final = 3
+_REMEMBERED: Final = 100_000
 
 
 class BadSample(NamedTuple):
@@ -79,6 +80,7 @@ class SampleReader:
         self._open: OrderedDict[int, OpenShard] = OrderedDict()
         self._refused: dict[int, ShardError] = {}
         self._headers: set[bytes] = set()
+        self._bad: dict[tuple[int, int], ShardError] = {}
         self.retries = 0
 
     def after_fork(self) -> None:
@@ -168,10 +170,15 @@ class SampleReader:
                 if shard is None or number != current:
                     current, shard = number, None
                     shard = self.shard(number)
+                if (number, row) in self._bad:
+                    raise self._bad[number, row]
                 self._read_row(shard, row, buffer, place + slot, hasher)
             except ShardError as error:
                 bad[place + slot] = error
         self._check_contents(shards, rows, buffer, slot, bad)
+        for here, error in bad.items():
+            if error.reason != "read" and len(self._bad) < _REMEMBERED:
+                self._bad[int(shards[here - slot]), int(rows[here - slot])] = error
         return [BadSample(here, error) for here, error in sorted(bad.items())]
 
     def _read_row(self, shard: OpenShard, row: int, buffer: RowBuffer, slot: int, hasher: Any) -> None:
@@ -199,10 +206,8 @@ class SampleReader:
 
     def _read_again(self, shard: OpenShard, row: int, target: list[memoryview]) -> None:
         """The slow path of a read that failed, was short or does not hash right; raises `ShardError`."""
-        offset, problem = shard.offsets.item(row), ShardError(shard.name, "length", "not read")
+        offset, problem = shard.offsets.item(row), shard.error(row, "read", "not read")
         for attempt in range(_TRIES):
-            if attempt:
-                time.sleep(0.01 * 4**attempt)
             self.retries += 1
             events.count("loader.read_retry", shard=shard.name, offset=offset, attempt=attempt + 1)
             try:
@@ -212,6 +217,7 @@ class SampleReader:
                 problem = shard.error(row, "read", f"cannot be read: {error.strerror}")
                 if error.errno not in _TRANSIENT:
                     break
+                time.sleep(0.05 * 4**attempt)
                 continue
             if len(data) != shard.member_size:
                 problem = shard.error(row, "length", f"ends after {len(data)} of {shard.member_size} bytes")
@@ -220,7 +226,9 @@ class SampleReader:
                 target[0][:] = data[: shard.header_length]
                 target[1][:] = data[shard.header_length :]
                 return
+            # The same bytes twice: it is not the way to them that is at fault.
             problem = shard.error(row, "checksum", "its bytes do not have the xxh3-64 of the index")
+            break
         raise problem
 
     def _check_contents(
