@@ -16,7 +16,7 @@ from ardist import fault
 from ardist.data.sample import SampleDtype
 from ardist.errors import ConfigError, HardwareError, choose
 from ardist.events import events
-from data_tools.decode import Frames
+from data_tools.frame_stream import Frames
 from data_tools.parameters import EncoderIdentity
 from data_tools.reasons import Reason, Refusal
 

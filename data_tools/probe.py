@@ -47,6 +47,7 @@ class VideoFacts:
     start: str
     last: str
     count: int
+    max_gap: str
     by_index: bool
     interlaced: bool
     alpha: bool
@@ -56,7 +57,8 @@ class VideoFacts:
 
     def timeline(self) -> Timeline:
         """The times as numbers."""
-        return Timeline(Fraction(self.rate), Fraction(self.start), Fraction(self.last), self.count, self.by_index)
+        rate, start, last, gap = map(Fraction, (self.rate, self.start, self.last, self.max_gap))
+        return Timeline(rate, start, last, self.count, gap, self.by_index)
 
     def seek_before(self, time: Fraction) -> Fraction | None:
         """A safe place to start decoding from for a frame at `time`, or None for the beginning."""
@@ -245,6 +247,7 @@ def _facts(container: InputContainer, stream: VideoStream, sha256: str, caps: Pr
         start=str(line.start),
         last=str(line.last),
         count=line.count,
+        max_gap=str(line.max_gap),
         by_index=line.by_index,
         interlaced=bool(first.interlaced_frame) or context.field_order not in _PROGRESSIVE,
         alpha=known_alpha,
@@ -266,11 +269,12 @@ def _decode(packet: Any, frames: list[Any]) -> bool:
 
 
 def _sparse(keys: list[int], time_base: Fraction) -> tuple[str, ...]:
-    """Key frame times at least ten seconds apart, which keeps the record small."""
+    """Key frame times, at least two seconds apart and at most some two thousand: the record stays small."""
     kept: list[Fraction] = []
+    apart = max(Fraction(2), (keys[-1] - keys[0]) * time_base / 2000) if keys else Fraction(2)
     for key in keys:
         time = key * time_base
-        if not kept or time - kept[-1] >= 10:
+        if not kept or time - kept[-1] >= apart:
             kept.append(time)
     return tuple(map(str, kept)) if len(kept) > 1 else ()
 

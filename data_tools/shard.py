@@ -7,7 +7,7 @@ import os
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +22,9 @@ from ardist.events import events
 from ardist.storage import Storage, open_storage
 from data_tools import layout
 from data_tools.bounded import OrderedWork
-from data_tools.decode import DecodeSettings, Frames, decode_clips
+from data_tools.decode import DecodeSettings, Target, decode_stretch, stretches
 from data_tools.encode import Encoder, Stored, batches
+from data_tools.frame_stream import Frames
 from data_tools.plan import Clip, Plan, jobs_of, shown_name
 from data_tools.reasons import Refusal
 from data_tools.sources import SourceRoot
@@ -119,7 +120,7 @@ class ShardBuilder:
 
     def _samples(self, shard: int, refusals: list[dict[str, object]], counts: Counts) -> Iterator[Sample]:
         """The shard's samples in plan order; what is refused goes to `refusals`."""
-        jobs = list(jobs_of(self.plan.clips(shard)))
+        jobs = [job for video in jobs_of(self.plan.clips(shard)) for job in self._stretches(video)]
         work = OrderedWork(
             jobs,
             self._decode,
@@ -171,23 +172,26 @@ class ShardBuilder:
         }
         return Sample(clip.key, np.ascontiguousarray(array), SampleInfo.model_validate(info))
 
+    def _stretches(self, video: list[Clip]) -> Iterator[list[Clip]]:
+        """The clips of one video, split into what one process decodes."""
+        facts = self.plan.sources[video[0].source].facts
+        assert facts is not None
+        by_start = {clip.start: clip for clip in video}
+        for starts in stretches(list(by_start), self._target(video[0]), bool(facts.keyframes)):
+            yield [by_start[start] for start in starts]
+
+    def _target(self, clip: Clip) -> Target:
+        parameters = self.plan.parameters
+        return Target(parameters.num_frames, clip.fps, parameters.size, parameters.max_pixels)
+
     def _decode(self, job: list[Clip]) -> Iterator[tuple[Clip, Frames | Refusal]]:
         source = self.plan.sources[job[0].source]
         assert source.facts is not None
-        parameters = self.plan.parameters
+        settings = replace(self.settings.decode, scratch=self.staging)
+        starts = [clip.start for clip in job]
         try:
             with local_copy(self.root, source.name, source.version, self.staging) as (path, version):
-                results = decode_clips(
-                    path,
-                    version,
-                    source.facts,
-                    [clip.start for clip in job],
-                    parameters.num_frames,
-                    job[0].fps,
-                    parameters.size,
-                    parameters.max_pixels,
-                    self.settings.decode,
-                )
+                results = decode_stretch(path, version, source.facts, starts, self._target(job[0]), settings)
                 yield from zip(job, results, strict=True)
         except Refusal as refusal:
             for clip in job:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -19,13 +20,15 @@ class Timeline:
     """When the frames of a video are shown.
 
     `rate` is the video's own frame rate, `start` the time of its first frame in seconds of the container's clock,
-    `last` that of its last frame, and `by_index` says that the times are unusable and frames are counted instead.
+    `last` that of its last frame, `max_gap` the longest time that a frame is shown, and `by_index` says that the
+    times are unusable and frames are counted instead.
     """
 
     rate: Fraction
     start: Fraction
     last: Fraction
     count: int
+    max_gap: Fraction
     by_index: bool = False
 
     def grid_length(self, fps: Fraction | None) -> int:
@@ -34,9 +37,7 @@ class Timeline:
         return round((self.last - self.start) * rate) + 1
 
 
-def measure(
-    times: Sequence[int | None], time_base: Fraction, claimed: Sequence[Fraction | None], wrap: int = 0
-) -> Timeline:
+def measure(times: Sequence[int | None], time_base: Fraction, claimed: Sequence[Fraction | None]) -> Timeline:
     """The timeline of packets with these presentation times (any order, None: unknown).
 
     `claimed` are frame rates that the container states, best first; they are believed only where they agree with
@@ -51,21 +52,22 @@ def measure(
         return _by_index(count, plausible)
     start, last = known[0] * time_base, known[-1] * time_base
     if count == 1:
-        return Timeline(plausible[0] if plausible else Fraction(1), start, start, 1)
+        rate = plausible[0] if plausible else Fraction(1)
+        return Timeline(rate, start, start, 1, 1 / rate)
     mean = (len(known) - 1) / (last - start)
     if mean > MAX_RATE * 2 or mean < Fraction(1, 3600):
         raise Refusal(Reason.TIMESTAMPS, f"{count} frames over {float(last - start):.6g} s is no frame rate")
-    rate = next((rate for rate in plausible if abs(rate / mean - 1) < Fraction(2, 100)), None)
-    if rate is None:
-        rate = _nearest_usual(mean)
-    return Timeline(rate, start, last, count)
+    believed = [rate for rate in plausible if abs(rate / mean - 1) < Fraction(2, 100)]
+    rate = believed[0] if believed else _nearest_usual(mean)
+    gap = max(after - before for before, after in itertools.pairwise(known)) * time_base
+    return Timeline(rate, start, last, count, gap)
 
 
 def _by_index(count: int, plausible: Sequence[Fraction]) -> Timeline:
     if not plausible:
         raise Refusal(Reason.TIMESTAMPS, f"{count} frames without times and without a usable frame rate")
     rate = plausible[0]
-    return Timeline(rate, Fraction(0), (count - 1) / rate, count, by_index=True)
+    return Timeline(rate, Fraction(0), (count - 1) / rate, count, 1 / rate, by_index=True)
 
 
 def _nearest_usual(mean: Fraction) -> Fraction:

@@ -1,0 +1,104 @@
+"""The ffmpeg command that shows a stretch of a video on an exact time grid as square RGB frames."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Any
+
+import ffmpeg
+
+from ardist.media import ffmpeg_binary
+from data_tools.probe import VideoFacts
+from data_tools.sandbox import ALLOWED_FORMATS, PROTOCOLS
+
+SCALE_FLAGS = "bicubic+accurate_rnd+full_chroma_int+full_chroma_inp+bitexact"
+
+
+@dataclass(frozen=True)
+class DecodeRequest:
+    """Grid frames [first, first + count) of a video at `fps`, as square RGB frames of `size` pixels."""
+
+    facts: VideoFacts
+    first: int
+    count: int
+    fps: Fraction
+    size: int
+    max_pixels: int
+
+    @property
+    def begin(self) -> Fraction:
+        """Time of the first wanted frame on the container's clock, in seconds."""
+        return Fraction(self.facts.start) + self.first / self.fps
+
+    @property
+    def end(self) -> Fraction:
+        """Packets from this decoding time on are not needed: the frame after the last wanted one lies before it."""
+        return self.begin + self.count / self.fps + Fraction(self.facts.max_gap) + 1 / Fraction(self.facts.rate)
+
+
+def command_line(request: DecodeRequest, descriptor: int) -> list[str]:
+    """ffmpeg's argument list for a request; the video is the inherited `descriptor`, never a name.
+
+    The input is limited rather than the output, and any error ends the process with a status: so the status tells
+    exactly whether the packets of this stretch are sound, whatever the timing of ffmpeg's threads. A few frames
+    more than asked for may come.
+    """
+    facts = request.facts
+    options: dict[str, Any] = {
+        "f": facts.format,
+        "protocol_whitelist": PROTOCOLS,
+        "format_whitelist": ",".join(ALLOWED_FORMATS),
+        "max_pixels": request.max_pixels,
+        "threads": 1,
+        "reinit_filter": 0,
+    }
+    if not facts.by_index:
+        seek = facts.seek_before(request.begin)
+        if seek is not None:
+            options |= {"ss": _seconds(seek), "seek_timestamp": 1, "noaccurate_seek": None}
+        options["t"] = _seconds(request.end - (seek or 0))
+    stream = ffmpeg.input(f"file:/dev/fd/{descriptor}", **options)[str(facts.stream)]
+    stream = _on_grid(stream, request)
+    stream = _to_rgb(stream, facts, request.size)
+    output = ffmpeg.output(stream, "pipe:1", format="rawvideo", pix_fmt="rgb24", fps_mode="passthrough", threads=1)
+    words = ("-nostdin", "-hide_banner", "-loglevel", "error", "-xerror", "-copyts", "-filter_complex_threads", "1")
+    return [str(word) for word in ffmpeg.compile(output.global_args(*words), cmd=ffmpeg_binary())]
+
+
+def _on_grid(stream: Any, request: DecodeRequest) -> Any:
+    """Frames at the times of the grid: each is shown until the next, what was before the first is dropped."""
+    facts = request.facts
+    if facts.interlaced:
+        stream = stream.filter("bwdif", mode="send_frame", deint="interlaced")
+    if facts.by_index:
+        stream = stream.filter("setpts", f"N/({facts.rate})/TB")
+    return stream.filter("fps", fps=str(request.fps), start_time=_seconds(request.begin), round="near")
+
+
+def _to_rgb(stream: Any, facts: VideoFacts, size: int) -> Any:
+    """Square pixels, short side to `size`, centre crop; an unknown matrix is what the frame's height suggests."""
+    matrix = {"in_color_matrix": "bt709"} if facts.matrix_unknown and facts.height >= 720 else {}
+    if facts.alpha:
+        # Transparent parts become black, as a player without a background shows them.
+        stream = stream.filter("scale", flags=SCALE_FLAGS, **matrix).filter("format", "gbrap")
+        stream = stream.filter("premultiply", inplace=1)
+        matrix = {}
+    if facts.hdr:
+        stream = stream.filter("zscale", transfer="linear", npl=100).filter("format", "gbrpf32le")
+        stream = stream.filter("zscale", primaries="bt709").filter("tonemap", tonemap="hable", desat=0)
+        stream = stream.filter("zscale", transfer="bt709", matrix="bt709", range="tv").filter("format", "yuv444p10le")
+        matrix = {"in_color_matrix": "bt709"}
+    stream = stream.filter(
+        "scale",
+        w=f"if(gte(dar,1),round({size}*dar),{size})",
+        h=f"if(gte(dar,1),{size},round({size}/dar))",
+        flags=SCALE_FLAGS,
+        **matrix,
+    )
+    return stream.filter("format", "rgb24").filter("crop", size, size)
+
+
+def _seconds(value: Fraction) -> str:
+    """Microseconds are as fine as the filters count."""
+    return f"{float(value):.6f}"
