@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int64
@@ -26,7 +26,8 @@ from ardist.models.denoiser import Denoiser
 from ardist.models.parallelize import parallelize
 
 
-class FinalFrame(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class FinalFrame:
     """A frame of every video of the batch that will not change any more."""
 
     index: int
@@ -270,9 +271,7 @@ class ADSampler:
         ]
         return predicted[0] if len(predicted) == 1 else guide(predicted[0], predicted[1], run.guidance_scale)
 
-    def _denoise(
-        self, schedule: ADSchedule, row: int, latents: Tensor, x0: Tensor, start: int, stop: int
-    ) -> Tensor:
+    def _denoise(self, schedule: ADSchedule, row: int, latents: Tensor, x0: Tensor, start: int, stop: int) -> Tensor:
         """One DDIM step of the frames [start, stop), which are the ones the row updates."""
         now = schedule.timesteps(row, device=self.device)[start:stop]
         then = schedule.next_timesteps(row, device=self.device)[start:stop]
