@@ -68,7 +68,7 @@ class ConsoleProgress:
         self._tasks: dict[str, Any] = {}
         self._lock = threading.Lock()
         self._done: dict[int, tuple[int, int, int]] = {}
-        self._fill = 0.0
+        self._fill, self._probed = 0.0, 0
         self._begun = self._spoke = time.monotonic()
         self._total_clips = 0
         self._log = log
@@ -90,14 +90,15 @@ class ConsoleProgress:
     def probed(self, done: int, total: int) -> None:
         with self._lock:
             self._bar("probing", done, total, "")
-            if done == total:
-                self._write("probed", videos=total)
+            self._probed = total
 
     def planned(self, shards: int, clips: int, committed: int) -> None:
         with self._lock:
             self._total_clips = clips
             self._begun = time.monotonic()
             self._bar("shards", committed, shards, "")
+            if self._probed:
+                self._write("probed", videos=self._probed)
             self._write("planned", shards=shards, clips=clips, committed=committed)
 
     def advanced(self, shard: int, counts: Counts) -> None:

@@ -108,16 +108,18 @@ def _names_below(root: str, skip: str | None) -> Iterator[str]:
             name = os.path.join(relative, entry.name)
             if skip is not None and os.path.realpath(entry.path) == skip:
                 continue
-            if _is_folder(entry):
+            if entry.name.startswith("."):
+                ignored += 1
+            elif _is_folder(entry):
                 if _extension(entry.name) in EXTENSIONS:
                     yield name
                 pending.append(name)
-            elif _extension(entry.name) in EXTENSIONS or "." not in entry.name.lstrip("."):
+            elif _extension(entry.name) in EXTENSIONS or "." not in entry.name:
                 yield name
             else:
                 ignored += 1
     if ignored:
-        events.count("build.ignored_files", ignored, level=20, root=root, reason="not named like a video")
+        events.count("build.ignored_files", ignored, level=20, root=root, reason="hidden or not named like a video")
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:
