@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import shutil
 from collections.abc import Callable
 from importlib.util import find_spec
@@ -88,6 +89,11 @@ def available_backends(
 
 @trace_time_constant
 def _resolve(name: str, device_type: str, dtype: torch.dtype, head_dim: int, tracked: bool) -> str:
+    return _cached_resolve(name, device_type, dtype, head_dim, tracked)
+
+
+@functools.lru_cache(maxsize=1024)
+def _cached_resolve(name: str, device_type: str, dtype: torch.dtype, head_dim: int, tracked: bool) -> str:
     choose("attention backend", name, BACKENDS)
     if name == "auto":
         half = dtype in (torch.float16, torch.bfloat16)

@@ -26,14 +26,13 @@ def attend(
     q: Float[Tensor, "b h n d"], k: Float[Tensor, "b h m d"], v: Float[Tensor, "b h m d"], layout: AttentionLayout
 ) -> Float[Tensor, "b h n d"]:
     """Attention through FlexAttention, compiled here unless a compiler is already tracing."""
-    layout = layout.relative()
     if torch.compiler.is_compiling():
-        out: Tensor = flex_attention(q, k, v, block_mask=_assemble(layout, _constant_tables(layout, q.device)))
+        out: Tensor = flex_attention(q, k, v, block_mask=_assemble(layout, _constant_tables(q.device, *layout.key())))
         return out
     if not torch.is_grad_enabled():
         # On CPU the kernel refuses tensors that merely could require a gradient.
         q, k, v = q.detach(), k.detach(), v.detach()
-    out = _compiled()(q, k, v, block_mask=block_mask(layout, q.device))
+    out = _compiled()(q, k, v, block_mask=block_mask(layout.relative(), q.device))
     return out
 
 
@@ -55,9 +54,6 @@ def block_mask(layout: AttentionLayout, device: torch.device) -> BlockMask:
 
 
 def _assemble(layout: AttentionLayout, tables: tuple[Tensor, ...]) -> BlockMask:
-    def visible(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        return layout.allowed(query, key)
-
     partial, every, partial_back, every_back = zip(tables[::2], tables[1::2], strict=True)
     return BlockMask(
         (layout.num_queries, layout.num_keys),
@@ -66,13 +62,13 @@ def _assemble(layout: AttentionLayout, tables: tuple[Tensor, ...]) -> BlockMask:
         *partial_back,
         *every_back,
         BLOCK_SIZE=(BLOCK_TOKENS, BLOCK_TOKENS),
-        mask_mod=visible,
+        mask_mod=lambda batch, head, query, key: layout.allowed(query, key),
     )
 
 
 @trace_time_constant
-def _constant_tables(layout: AttentionLayout, device: torch.device) -> tuple[Tensor, ...]:
-    return _tables(layout, device)
+def _constant_tables(device: torch.device, *key: Any) -> tuple[Tensor, ...]:
+    return _tables(AttentionLayout.from_key(key).relative(), device)
 
 
 @functools.lru_cache(maxsize=COMPILED_LAYOUTS)

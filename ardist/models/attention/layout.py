@@ -8,6 +8,7 @@ below, so that the mask the network was trained with is the mask the cached samp
 from __future__ import annotations
 
 import dataclasses
+import operator
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -18,6 +19,7 @@ from torch import Tensor
 from ardist.errors import InvalidValueError, choose
 
 MaskKind = Literal["strict", "released", "bidirectional"]
+LayoutKey = tuple[int, int, int, int, int, int, bool, str, int | None]
 
 
 @dataclass(frozen=True)
@@ -125,6 +127,20 @@ class AttentionLayout:
             return True
         oldest = 0 if self.window is None else max(0, self.query_frames[0] - self.window + 1)
         return self.key_frames[0] <= oldest
+
+    def key(self) -> LayoutKey:
+        """The layout as plain values, which a compiler can guard by value; `from_key` is the inverse."""
+        counts = (self.tokens_per_frame, *self.query_frames, *self.key_frames, self.context_tokens)
+        # index(): where a compiler has made a number symbolic, this asks for its value.
+        length, first, last, start, stop, context = (operator.index(count) for count in counts)
+        window = None if self.window is None else operator.index(self.window)
+        return length, first, last, start, stop, context, self.context_queries, self.kind, window
+
+    @classmethod
+    def from_key(cls, key: LayoutKey) -> AttentionLayout:
+        """The layout of a `key`."""
+        length, first, last, start, stop, context, asking, kind, window = key
+        return cls(length, (first, last), (start, stop), context, asking, kind, window)
 
     def relative(self) -> AttentionLayout:
         """The layout of the same mask with frames counted from the first key: rows of a sliding window coincide."""

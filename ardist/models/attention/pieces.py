@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Bool
@@ -71,10 +72,14 @@ def band_mask(n: int, m: int, left: int | None, right: int | None, device: torch
     return mask
 
 
-@trace_time_constant
 def pieces(layout: AttentionLayout) -> tuple[Piece, ...]:
-    """The kernel calls whose union is exactly the mask of `layout`, every pair once; a constant to compilers."""
-    return _pieces(layout.relative())
+    """The kernel calls whose union is exactly the mask of `layout`, every pair once."""
+    return _constant_pieces(*layout.key())
+
+
+@trace_time_constant
+def _constant_pieces(*key: Any) -> tuple[Piece, ...]:
+    return _pieces(AttentionLayout.from_key(key).relative())
 
 
 @functools.lru_cache(maxsize=256)

@@ -8,15 +8,16 @@ mask is as tall as the chunk. Plain differentiable operations throughout, so eve
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor
 
 from ardist.models.attention.layout import AttentionLayout
+from ardist.models.attention.tracing import trace_time_constant
 
 # Measured on one x86-64 core (fp32, head dims 32 and 64, frames of 1 to 64 tokens): with gradients chunks of 64 tokens
 # are fastest, because each slice of k and v costs a zero-filled gradient; without gradients 32 tokens suffice. A whole
@@ -27,94 +28,88 @@ ONE_CALL_TOKENS = 96
 
 
 @dataclass(frozen=True)
-class _Chunk:
-    """Consecutive frames that are attended in one call, and the key frames that any of them sees."""
+class _Call:
+    """One attention call: token ranges of its queries and keys, and its mask if it needs one."""
 
-    frames: tuple[int, int]
-    key_frames: tuple[int, int]
+    queries: tuple[int, int]
+    keys: tuple[int, int]
+    context: int = 0
+    """The first so many keys come before `keys` (a window lies between the two)."""
+    mask: AttentionLayout | None = None
+    """The mask, without its first `mask_start` columns."""
+    mask_start: int = 0
 
 
 def attend(
     q: Float[Tensor, "b h n d"], k: Float[Tensor, "b h m d"], v: Float[Tensor, "b h m d"], layout: AttentionLayout
 ) -> Float[Tensor, "b h n d"]:
     """Attention in chunks of frames; exact, any dtype, any device."""
-    if layout.num_queries <= ONE_CALL_TOKENS and layout.num_keys <= 2 * ONE_CALL_TOKENS:
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=_mask(layout, q.device))
-    outputs = []
-    if layout.num_context_queries:
-        seen = layout.num_keys if layout.kind == "released" else layout.context_tokens
-        context = q[:, :, : layout.num_context_queries]
-        outputs.append(F.scaled_dot_product_attention(context, k[:, :, :seen], v[:, :, :seen]))
     tracked = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
     chunk_tokens = CHUNK_TOKENS_TRAINING if tracked else CHUNK_TOKENS_INFERENCE
-    for chunk in _chunks(layout, max(1, chunk_tokens // layout.tokens_per_frame)):
-        rows = q[:, :, _query_slice(layout, chunk.frames)]
-        keys, values = (_visible(x, layout, chunk.key_frames) for x in (k, v))
-        mask = _chunk_mask(layout, chunk, q.device)
-        outputs.append(F.scaled_dot_product_attention(rows, keys, values, attn_mask=mask))
+    key = layout.key()
+    outputs = []
+    for index, call in enumerate(_plan(chunk_tokens, *key)):
+        queries = q[:, :, call.queries[0] : call.queries[1]]
+        mask = None if call.mask is None else _mask(q.device, index, chunk_tokens, *key)[:, call.mask_start :]
+        outputs.append(F.scaled_dot_product_attention(queries, _keys(k, call), _keys(v, call), attn_mask=mask))
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)
 
 
-def _chunks(layout: AttentionLayout, frames_per_chunk: int) -> Iterator[_Chunk]:
-    first, last = layout.query_frames
-    if layout.kind == "bidirectional" and first < last:
-        # Every frame sees the same keys: one call.
-        yield _Chunk((first, last), layout.key_frames)
-        return
-    for start in range(first, last, frames_per_chunk):
-        stop = min(last, start + frames_per_chunk)
-        yield _Chunk((start, stop), (layout.visible_frames(start)[0], layout.visible_frames(stop - 1)[1]))
+def _keys(x: Tensor, call: _Call) -> Tensor:
+    keys = x[:, :, call.keys[0] : call.keys[1]]
+    return torch.cat([x[:, :, : call.context], keys], dim=2) if call.context else keys
 
 
-def _query_slice(layout: AttentionLayout, frames: tuple[int, int]) -> slice:
-    start, stop = (layout.num_context_queries + (f - layout.query_frames[0]) * layout.tokens_per_frame for f in frames)
-    return slice(start, stop)
+@trace_time_constant
+def _plan(chunk_tokens: int, *key: Any) -> tuple[_Call, ...]:
+    return _cached_plan(AttentionLayout.from_key(key).relative(), chunk_tokens)
 
 
-def _visible(x: Tensor, layout: AttentionLayout, frames: tuple[int, int]) -> Tensor:
-    """The context and the given frames of k or v; a view unless a window lies between the two."""
-    start, stop = (layout.context_tokens + (f - layout.key_frames[0]) * layout.tokens_per_frame for f in frames)
-    if start == layout.context_tokens:
-        return x[:, :, :stop]
-    if not layout.context_tokens:
-        return x[:, :, start:stop]
-    return torch.cat([x[:, :, : layout.context_tokens], x[:, :, start:stop]], dim=2)
-
-
-def _chunk_mask(layout: AttentionLayout, chunk: _Chunk, device: torch.device) -> Bool[Tensor, "n m"] | None:
-    """The mask inside one chunk, or None where every query of the chunk sees every one of its keys."""
-    start, stop = chunk.frames
-    key_start, key_stop = chunk.key_frames
-    if layout.kind == "bidirectional" or layout.visible_frames(start) == layout.visible_frames(stop - 1):
-        return None
-    if layout.window is None:
-        # Before the chunk everything is visible, so the longest chunk's mask, aligned to the right, serves all of them.
-        per_chunk = stop - start
-        longest = layout.query_frames[1] - layout.key_frames[0]
-        mask = _mask(_sub_layout(layout, longest - per_chunk, longest, 0), device)
-        assert mask is not None, "several frames in one chunk do not all see the same keys"
-        return mask[:, (longest - key_stop + layout.key_frames[0]) * layout.tokens_per_frame :]
-    return _mask(_sub_layout(layout, start - key_start, stop - key_start, 0), device)
-
-
-def _sub_layout(layout: AttentionLayout, start: int, stop: int, key_start: int) -> AttentionLayout:
-    """One chunk as a layout of its own, frames counted from its first key, so that chunks alike share one mask."""
-    return AttentionLayout(
-        layout.tokens_per_frame,
-        (start, stop),
-        (key_start, stop),
-        layout.context_tokens,
-        context_queries=False,
-        window=layout.window,
-    )
-
-
-def _mask(layout: AttentionLayout, device: torch.device) -> Bool[Tensor, "n m"] | None:
-    if layout.num_pairs() == layout.num_queries * layout.num_keys:
-        return None
-    if torch.compiler.is_compiling():
-        return layout.dense_mask(device)
+@trace_time_constant
+def _mask(device: torch.device, index: int, chunk_tokens: int, *key: Any) -> Tensor:
+    """The mask of call `index`; calls alike share it."""
+    layout = _plan(chunk_tokens, *key)[index].mask
+    assert layout is not None
     return _cached_mask(layout, device)
+
+
+@functools.lru_cache(maxsize=1024)
+def _cached_plan(layout: AttentionLayout, chunk_tokens: int) -> tuple[_Call, ...]:
+    whole = _Call((0, layout.num_queries), (0, layout.num_keys))
+    if layout.num_pairs() == layout.num_queries * layout.num_keys:
+        return (whole,)
+    if layout.num_queries <= ONE_CALL_TOKENS and layout.num_keys <= 2 * ONE_CALL_TOKENS:
+        return (_Call(whole.queries, whole.keys, mask=layout),)
+    calls = []
+    asking = layout.num_context_queries
+    if asking:
+        calls.append(_Call((0, asking), (0, layout.num_keys if layout.kind == "released" else layout.context_tokens)))
+    first, last = layout.query_frames
+    per_chunk = max(1, chunk_tokens // layout.tokens_per_frame)
+    if layout.kind == "bidirectional":
+        per_chunk = max(1, last - first)
+    calls += [_chunk(layout, start, min(last, start + per_chunk)) for start in range(first, last, per_chunk)]
+    return tuple(calls)
+
+
+def _chunk(layout: AttentionLayout, start: int, stop: int) -> _Call:
+    """The call for the frames [start, stop) of a layout whose frames are counted from its first key."""
+    context, length = layout.context_tokens, layout.tokens_per_frame
+    offset = layout.num_context_queries - layout.query_frames[0] * length
+    queries = (offset + start * length, offset + stop * length)
+    oldest, newest = layout.visible_frames(start)[0], layout.visible_frames(stop - 1)[1]
+    keys = (context + oldest * length, context + newest * length)
+    front = context
+    if oldest == 0:
+        keys, front = (0, keys[1]), 0
+    if layout.visible_frames(start) == layout.visible_frames(stop - 1):
+        return _Call(queries, keys, front)
+    # Masks of a window depend on the distance of frames alone. Without a window all frames before the chunk are
+    # visible, so the mask of the longest such chunk serves all of them from some column on.
+    newest_of_all = layout.query_frames[1] if layout.window is None else newest - oldest
+    rows = (newest_of_all - (stop - start), newest_of_all)
+    mask = AttentionLayout(length, rows, (0, newest_of_all), context, context_queries=False, window=layout.window)
+    return _Call(queries, keys, front, mask, (newest_of_all - newest) * length if layout.window is None else 0)
 
 
 @functools.lru_cache(maxsize=64)
