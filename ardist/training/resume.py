@@ -25,15 +25,8 @@ def find(root: Path, world: World) -> tuple[Path, Commit] | None:
     names = world.broadcast([str(path) for path in commits.candidates(root)] if world.is_main else None)
     rejected = []
     for path in map(Path, names):
-        commit, problem = None, None
-        try:
-            commit = commits.read_commit(path)
-            mine = commit.parts[world.rank :: world.size]
-            problem = next(filter(None, (commits.check_part(path, part) for part in mine)), None)
-        except CheckpointError as error:
-            problem = str(error)
-        problem = next(filter(None, world.all_gather(problem)), None)
-        if problem is None and commit is not None:
+        commit, problem = inspect(path, world)
+        if commit is not None:
             return path, commit
         rejected.append((path, problem))
         if world.is_main:
@@ -42,6 +35,19 @@ def find(root: Path, world: World) -> tuple[Path, Commit] | None:
         lines = "".join(f"\n  {path.name}: {problem}" for path, problem in rejected)
         raise CheckpointError(f"none of the checkpoints in {root} is readable:{lines}")
     return None
+
+
+def inspect(path: Path, world: World) -> tuple[Commit | None, str]:
+    """A checkpoint's commit if it and all parts are good, else None and what is wrong (collective)."""
+    commit, problem = None, None
+    try:
+        commit = commits.read_commit(path)
+        mine = commit.parts[world.rank :: world.size]
+        problem = next(filter(None, (commits.check_part(path, part) for part in mine)), None)
+    except CheckpointError as error:
+        problem = str(error)
+    problem = next(filter(None, world.all_gather(problem)), None)
+    return (commit, "") if problem is None else (None, str(problem))
 
 
 def set_aside_newer(root: Path, step: int) -> None:

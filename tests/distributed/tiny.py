@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from ardist.config import TrainConfig
 from ardist.data.manifest import VAEIdentity, fold_shards, write_manifest
 from ardist.data.sample import SampleInfo, sample_key
 from ardist.data.shard_writer import Sample, write_shard
+from ardist.errors import ArdistError
+from ardist.training.commit import newest_valid
+from ardist.training.parts import EXTRA_FILE, PartsReader
+from ardist.training.trainer import train
 
 FRAMES, TOKENS, CHANNELS = 4, 3, 4
 
@@ -101,3 +107,46 @@ def settings(run_dir: Path, data: Path, **changes: Any) -> dict[str, Any]:
 def tiny_config(run_dir: Path, data: Path, **changes: Any) -> TrainConfig:
     """A checked configuration of a tiny denoiser run."""
     return TrainConfig.model_validate(settings(run_dir, data, **changes))
+
+
+def train_outcome(config: TrainConfig) -> str:
+    """Train on this rank and say how it ended: ``done``, ``Preempted: ...`` or another error's name and text."""
+    try:
+        train(config)
+    except ArdistError as error:
+        return f"{type(error).__name__}: {error}"
+    return "done"
+
+
+def records(run_dir: Path, kind: str = "train") -> dict[int, dict[str, Any]]:
+    """The latest record of every step of metrics.jsonl."""
+    lines = (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    return {record["step"]: record for line in lines if (record := json.loads(line))["kind"] == kind}
+
+
+def losses(run_dir: Path) -> list[float]:
+    """The loss of every step."""
+    return [record["loss"] for _, record in sorted(records(run_dir).items())]
+
+
+def sample_ids(run_dir: Path) -> dict[int, list[str]]:
+    """The sorted sample ids of every step over all ranks, as the latest session logged them."""
+    by_rank: dict[tuple[int, str], list[str]] = {}
+    sizes: dict[int, int] = {}
+    for path in sorted((run_dir / "logs").glob("samples-rank-*.jsonl")):
+        for line in path.read_text(encoding="utf-8").splitlines():
+            entry = json.loads(line)
+            by_rank[entry["step"], path.name] = entry["ids"]
+            sizes[entry["step"]] = len(entry["ids"])
+    steps: dict[int, list[str]] = {}
+    for (step, _), ids in by_rank.items():
+        steps.setdefault(step, []).extend(ids)
+    return {step: sorted(ids) for step, ids in steps.items()}
+
+
+def weights(run_dir: Path, kind: str = "master", step: int | None = None) -> dict[str, torch.Tensor]:
+    """All parameters of the newest (or one) checkpoint."""
+    path, commit = newest_valid(run_dir / "checkpoints", step)
+    files = [part.file for part in commit.parts if part.file != EXTRA_FILE]
+    reader = PartsReader(path, files, commit.shapes)
+    return {name: reader.full(kind, name) for name in commit.shapes}

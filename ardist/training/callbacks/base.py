@@ -19,3 +19,6 @@ class Callback:
 
     def on_end(self, trainer: Trainer) -> None:
         """After the last step of this process, be it complete or stopped; not after an error."""
+
+    def close(self) -> None:
+        """At the very end, after an error too."""

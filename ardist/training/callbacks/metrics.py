@@ -11,46 +11,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ardist.training.callbacks.base import Callback
-from ardist.training.distributed import World
 from ardist.training.engine import StepOutcome
 from ardist.training.optimizer import learning_rate
+from ardist.training.window import Window
 
 if TYPE_CHECKING:
     from ardist.training.trainer import Trainer
 
 _log = logging.getLogger("ardist.training")
-
-
-class Window:
-    """Sums over the micro-batches since the last log point, kept on the device: adding makes nobody wait."""
-
-    def __init__(self) -> None:
-        self._sums: dict[str, torch.Tensor] = {}
-        self._micro_batches = 0
-        self.steps = 0
-        self.data_seconds = 0.0
-        self.other_seconds = 0.0
-        self.began = time.perf_counter()
-
-    def add(self, loss: torch.Tensor, metrics: dict[str, torch.Tensor]) -> None:
-        """Add one micro-batch's numbers."""
-        for name, value in {"loss": loss.detach(), **metrics}.items():
-            self._sums[name] = self._sums[name] + value if name in self._sums else value.clone()
-        self._micro_batches += 1
-
-    def means(self, world: World) -> dict[str, Any]:
-        """Means over micro-batches, steps and ranks: one reduction and one host read (collective)."""
-        names = sorted(self._sums)
-        if not names:
-            return {}
-        flat = torch.cat([self._sums[name].reshape(-1) for name in names]) / self._micro_batches
-        values, result, position = world.mean(flat).tolist(), {}, 0
-        for name in names:
-            size = self._sums[name].numel()
-            part = values[position : position + size]
-            result[name] = part if self._sums[name].ndim else part[0]
-            position += size
-        return result
 
 
 class MetricsLog(Callback):
@@ -64,7 +32,7 @@ class MetricsLog(Callback):
 
     def after_step(self, trainer: Trainer) -> None:
         due = trainer.step % trainer.config.training.log_every == 0 or trainer.step == trainer.total_steps
-        if due or trainer.stopping or self._first:
+        if trainer.window.steps and (due or trainer.stopping or self._first):
             self._first = False
             self._log(trainer)
 
@@ -83,18 +51,18 @@ class MetricsLog(Callback):
             "data_wait_fraction": window.data_seconds / max(seconds, 1e-9),
             "memory_gib": _memory(trainer.world.device),
             "samples": trainer.step * trainer.config.training.global_batch_size,
-            "skipped_steps": trainer.skipped_steps,
+            "skipped_steps": trainer.history.skipped_steps,
             "time": time.time(),
         }
-        trainer.useful_seconds += seconds
-        trainer.write_record(record)
+        trainer.history.useful_seconds += seconds
+        trainer.records.write(record)
         if trainer.world.is_main:
             _log.info("%s", console_line(record, trainer.total_steps))
         trainer.window = Window()
 
 
-def _number(outcome: StepOutcome | None) -> float | None:
-    return None if outcome is None or outcome.grad_norm is None else float(outcome.grad_norm)
+def _number(outcome: StepOutcome) -> float | None:
+    return None if outcome.grad_norm is None else float(outcome.grad_norm)
 
 
 def _memory(device: torch.device) -> float:

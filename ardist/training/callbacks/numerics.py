@@ -12,6 +12,7 @@ from ardist.errors import ArdistError
 from ardist.events import events
 from ardist.training.callbacks.base import Callback
 from ardist.training.run_dir import append_line
+from ardist.training.state import roll_back
 
 if TYPE_CHECKING:
     from ardist.training.trainer import Trainer
@@ -43,10 +44,9 @@ class SkippedSteps(Callback):
         self._rolled_back = False
 
     def after_step(self, trainer: Trainer) -> None:
-        assert trainer.outcome is not None
         skipped = trainer.outcome.skipped
         self._open.append(
-            _Step(trainer.step, trainer.epoch, skipped, trainer.sample_ids, torch.stack(trainer.step_losses).mean())
+            _Step(trainer.step, trainer.epoch, skipped, trainer.sample_ids, torch.stack(trainer.losses).mean())
         )
         due = trainer.step % trainer.config.training.log_every == 0 or trainer.step == trainer.total_steps
         if isinstance(skipped, bool) or due or trainer.stopping:
@@ -66,7 +66,7 @@ class SkippedSteps(Callback):
             self._give_up(trainer)
 
     def _report(self, trainer: Trainer, step: _Step) -> None:
-        trainer.skipped_steps += 1
+        trainer.history.skipped_steps += 1
         loss = float(step.loss)
         device_ids = step.sample_ids.to(trainer.world.device)
         mine = {
@@ -83,7 +83,7 @@ class SkippedSteps(Callback):
 
     def _give_up(self, trainer: Trainer) -> None:
         count, self._in_row = self._in_row, 0
-        if not self._rolled_back and trainer.roll_back():
+        if not self._rolled_back and roll_back(trainer):
             self._rolled_back = True
             return
         raise TrainingDivergedError(

@@ -31,9 +31,6 @@ class ProgressBar(Callback):
         if self._progress is not None:
             self._progress.update(self._progress.task_ids[0], completed=trainer.step)
 
-    def on_end(self, trainer: Trainer) -> None:
-        self.close()
-
     def close(self) -> None:
         """Take the bar off the screen."""
         if self._progress is not None:

@@ -1,0 +1,158 @@
+"""The state of a run: what a checkpoint holds besides tensors, and how a run begins, continues and goes back."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ardist.errors import CheckpointError, ConfigError
+from ardist.events import events
+from ardist.training import commit as commits
+from ardist.training import resume
+from ardist.training.checkpoint import Snapshot
+from ardist.training.preflight import identity_problems
+from ardist.training.window import Window
+
+if TYPE_CHECKING:
+    from ardist.training.trainer import Trainer
+
+_log = logging.getLogger("ardist.training")
+
+
+@dataclass
+class History:
+    """Totals over all sessions of a run. Useful time is that of steps which are part of the result."""
+
+    skipped_steps: int = 0
+    useful_seconds: float = 0.0
+    sessions: int = 1
+    earlier_seconds: float = 0.0
+    earlier_events: dict[str, int] = field(default_factory=dict)
+    _began: float = field(default_factory=time.monotonic)
+
+    def wall_seconds(self) -> float:
+        """Time of all sessions from their start, in seconds."""
+        return self.earlier_seconds + time.monotonic() - self._began
+
+    def as_dict(self) -> dict[str, Any]:
+        """For a checkpoint."""
+        return {
+            "skipped_steps": self.skipped_steps,
+            "useful_seconds": self.useful_seconds,
+            "wall_seconds": self.wall_seconds(),
+            "sessions": self.sessions,
+            "events": dict(Counter(self.earlier_events) + Counter(events.snapshot())),
+        }
+
+    def continue_from(self, saved: Mapping[str, Any]) -> None:
+        """Add to the totals of an earlier session."""
+        self.skipped_steps = int(saved["skipped_steps"])
+        self.useful_seconds = float(saved["useful_seconds"])
+        self.sessions = int(saved["sessions"]) + 1
+        self.earlier_seconds = float(saved["wall_seconds"])
+        self.earlier_events = dict(saved["events"])
+
+
+def snapshot(trainer: Trainer) -> Snapshot:
+    """What a checkpoint of the present step holds besides the tensors."""
+    config = trainer.config
+    return Snapshot(
+        step=trainer.step,
+        config=config.model_dump(mode="json"),
+        config_digest=config.digest(),
+        manifest_digest=trainer.manifest.digest(),
+        zero_stage=config.training.zero_stage,
+        precision=config.training.precision,
+        state={
+            "data": trainer.loader.state_dict(),
+            "counters": trainer.engine.counters(),
+            "loss_scaler": trainer.engine.loss_scaler(),
+            "history": trainer.history.as_dict(),
+        },
+    )
+
+
+def resume_or_begin(trainer: Trainer) -> None:
+    """Continue from the newest good checkpoint of the run directory; without one begin, perhaps with given weights."""
+    found = resume.find(trainer.run.checkpoints, trainer.world)
+    if found is not None:
+        path, commit = found
+        problems = list(identity_problems(commit, trainer.config))
+        if problems:
+            raise ConfigError("\n".join(problems))
+        _restore(trainer, path, commit)
+        trainer.history.continue_from(commit.state["history"])
+        if trainer.world.is_main:
+            _say_resumed(trainer, path, commit)
+        return
+    if trainer.config.init_from is not None:
+        _init_from(trainer, Path(trainer.config.init_from).expanduser())
+    if trainer.ema is not None:
+        trainer.ema.restart()
+
+
+def roll_back(trainer: Trainer) -> bool:
+    """Return to the newest good checkpoint, data position included; False when there is none (collective)."""
+    trainer.writer.wait()
+    found = resume.find(trainer.run.checkpoints, trainer.world)
+    if found is None:
+        return False
+    if trainer.world.is_main:
+        events.count("training.rollback", from_step=trainer.step, to_step=found[1].step)
+    _restore(trainer, *found)
+    trainer.window = Window()
+    trainer.history.useful_seconds = float(found[1].state["history"]["useful_seconds"])
+    return True
+
+
+def _restore(trainer: Trainer, path: Path, commit: commits.Commit) -> None:
+    resume.restore(path, commit, trainer.engine.fragments, trainer.ema)
+    trainer.loader.load_state_dict(commit.state["data"])
+    trainer.step = commit.step
+    trainer.engine.set_counters(commit.state["counters"], commit.step)
+    trainer.engine.set_loss_scaler(commit.state["loss_scaler"])
+    trainer.writer.last_saved = commit.step
+    if trainer.world.is_main:
+        resume.set_aside_newer(trainer.run.checkpoints, commit.step)
+    trainer.world.barrier()
+
+
+def _init_from(trainer: Trainer, source: Path) -> None:
+    root = source / "checkpoints" if (source / "checkpoints").is_dir() else source
+    if (root / commits.COMMIT).exists():
+        one, problem = resume.inspect(root, trainer.world)
+        found = None if one is None else (root, one)
+    else:
+        found, problem = resume.find(root, trainer.world), "it holds no checkpoint"
+    if found is None:
+        raise CheckpointError(f"init_from: {source}: {problem}")
+    path, commit = found
+    kind = resume.weights_kind(commit, trainer.config.init_weights)
+    resume.load_weights(path, commit, trainer.engine.fragments, kind)
+    if trainer.world.is_main:
+        _log.info("started from the %s weights of %s", kind, path)
+
+
+def _say_resumed(trainer: Trainer, path: Path, commit: commits.Commit) -> None:
+    ranks = f"{commit.world_size} ranks at ZeRO stage {commit.zero_stage}"
+    _log.info("resumed after step %d from %s, saved by %s", commit.step, path, ranks)
+    if commit.config_digest != trainer.config.digest():
+        changes = differences(commit.config, trainer.config.model_dump(mode="json"))
+        _log.info("settings changed since then: %s", changes)
+
+
+def differences(before: Mapping[str, Any], after: Mapping[str, Any], prefix: str = "") -> str:
+    """``training.steps 100 -> 200, …`` between two configurations."""
+    lines = []
+    for name in sorted({*before, *after}):
+        old, new = before.get(name), after.get(name)
+        if isinstance(old, dict) and isinstance(new, dict):
+            lines.append(differences(old, new, f"{prefix}{name}."))
+        elif old != new:
+            lines.append(f"{prefix}{name} {old!r} -> {new!r}")
+    return ", ".join(filter(None, lines))
