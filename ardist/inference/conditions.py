@@ -53,9 +53,7 @@ class Conditions:
         if batch_size < 1 or any(count != batch_size for count in counts.values()):
             raise InvalidValueError(f"batch sizes differ: {counts}, batch_size={batch_size}; legal: one for all")
         if guided and context is None and class_ids is None:
-            raise InvalidValueError(
-                "guidance_scale other than 1 needs a condition (context or class_ids); legal: 1"
-            )
+            raise InvalidValueError("guidance_scale other than 1 needs a condition (context or class_ids); legal: 1")
         if class_ids is not None and config.num_classes is not None:
             wrong = [int(value) for value in class_ids.flatten() if not 0 <= value <= config.num_classes]
             if wrong:
