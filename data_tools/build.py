@@ -18,7 +18,7 @@ from ardist import fault
 from ardist.config.loading import check
 from ardist.data.manifest import Manifest
 from ardist.data.sample import npy_size
-from ardist.errors import ConfigError, DataError
+from ardist.errors import DataError
 from ardist.events import events
 from ardist.storage import LocalStorage, Storage, is_remote, open_storage
 from data_tools import layout
@@ -31,7 +31,7 @@ from data_tools.finalize import (
     standing_manifest,
     top_reasons,
 )
-from data_tools.freeze import Claim, Freezer, load_plan, take
+from data_tools.freeze import Claim, Freezer, freeze_listing, load_plan, take, tool_versions
 from data_tools.labels import Labels
 from data_tools.lease import Leases, worker_name
 from data_tools.parameters import BuildParameters, default_samples_per_shard
@@ -114,6 +114,8 @@ def build(
     manifest, plan = standing_manifest(storage), load_plan(storage)
     reused = manifest is not None and plan is not None
     if manifest is None or plan is None:
+        if plan is None:
+            freeze_listing(storage, claim)
         with staging_folder(storage) as staging:
             freezer = Freezer(
                 storage,
@@ -193,8 +195,6 @@ def _local_root(videos: str) -> str:
 
 def warn_of_other_tools(plan: Plan) -> None:
     """Say so when this machine's tools are not those that the plan was made with."""
-    from data_tools.freeze import tool_versions
-
     for name, version in tool_versions().items():
         if plan.tools.get(name) != version:
             events.count("build.other_tool", tool=name, planned=plan.tools.get(name), here=version)
@@ -206,11 +206,7 @@ def staging_folder(storage: Storage) -> Iterator[Path]:
 
     Folders of builders that died are removed on the way: nobody holds their lock any more.
     """
-    parent = Path(tempfile.gettempdir())
-    if isinstance(storage, LocalStorage):
-        parent = storage.root if storage.root.is_dir() else _existing_parent(storage.root)
-    if not os.access(parent, os.W_OK):
-        raise ConfigError(f"--out {storage.url!r} cannot be written: no permission in {parent}")
+    parent = storage.root if isinstance(storage, LocalStorage) else Path(tempfile.gettempdir())
     _remove_dead(parent)
     folder = Path(tempfile.mkdtemp(dir=parent, prefix=STAGING))
     descriptor = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o600)
@@ -220,12 +216,6 @@ def staging_folder(storage: Storage) -> Iterator[Path]:
     finally:
         shutil.rmtree(folder, ignore_errors=True)
         os.close(descriptor)
-
-
-def _existing_parent(folder: Path) -> Path:
-    while not folder.is_dir():
-        folder = folder.parent
-    return folder
 
 
 def _remove_dead(parent: Path) -> None:

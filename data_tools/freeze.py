@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import functools
 import importlib.metadata
 import json
 import os
@@ -75,13 +76,18 @@ def take(out: Storage, claim: Claim) -> None:
         )
 
 
-def tool_versions() -> dict[str, str]:
-    """Programs and libraries that decide pixels and latents."""
+@functools.cache
+def _tool_versions() -> tuple[tuple[str, str], ...]:
     line = subprocess.run([ffmpeg_binary(), "-version"], capture_output=True, text=True, check=True).stdout
     versions = {"ffmpeg": line.split("\n")[0].removeprefix("ffmpeg version ").split(" ")[0]}
     for name in ("ardist", "av", "numpy", "torch"):
         versions[name] = importlib.metadata.version(name)
-    return versions
+    return tuple(versions.items())
+
+
+def tool_versions() -> dict[str, str]:
+    """Programs and libraries that decide pixels and latents."""
+    return dict(_tool_versions())
 
 
 @dataclass
@@ -97,11 +103,11 @@ class Freezer:
     on_probed: Callable[[int, int], None] = lambda done, total: None
 
     def plan(self) -> Plan:
-        """The frozen plan; raises `ConfigError` when there are no videos."""
-        standing = self.standing()
+        """The frozen plan; the listing must be frozen already."""
+        standing = load_plan(self.out)
         if standing is not None:
             return standing
-        root, listed = self._listing()
+        root, listed = freeze_listing(self.out, self.claim)
         sources = self._sources(root, listed)
         created = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         tools = tool_versions()
@@ -113,35 +119,10 @@ class Freezer:
         fault.point("build.before_plan")
         self._create_once(layout.PLAN, plan.dump())
         fault.point("build.after_plan")
-        return self.standing() or plan
-
-    def standing(self) -> Plan | None:
-        """The plan that another builder or an earlier run froze."""
-        return load_plan(self.out)
+        return load_plan(self.out) or plan
 
     def _create_once(self, name: str, data: bytes) -> bytes:
         return data if self.out.create(name, data) else self.out.read(name)
-
-    def _listing(self) -> tuple[SourceRoot, list[Listed]]:
-        """Root and frozen listing: an existing one is used as it is."""
-        videos = self.claim.videos
-        try:
-            lines = self.out.read(layout.LISTING).decode().splitlines()
-            root, listed = SourceRoot(json.loads(lines[0])["root"]), [Listed.parse(line) for line in lines[1:]]
-        except MissingObjectError:
-            root, listed = list_sources(videos, exclude=self.out.url)
-            if not listed:
-                raise ConfigError(
-                    f"no video found in {videos}: looked for files named like videos (.mp4, .mkv, .webm, .avi, …)"
-                ) from None
-            take(self.out, self.claim)
-            fault.point("build.after_claim")
-            head = json.dumps({"root": root.address})
-            text = "".join(line + "\n" for line in (head, *(item.line() for item in listed)))
-            if not self.out.create(layout.LISTING, text.encode()):
-                return self._listing()
-            fault.point("build.after_listing")
-        return root, listed
 
     def _sources(self, root: SourceRoot, listed: Sequence[Listed]) -> list[Source]:
         """Probe what no earlier run has probed, one object per chunk."""
@@ -220,6 +201,30 @@ class Freezer:
         except Refusal as refusal:
             return source if source.refused else source.refusal(refusal, "plan")
         return replace(source, class_name=label.class_name, caption=label.caption)
+
+
+def freeze_listing(out: Storage, claim: Claim) -> tuple[SourceRoot, list[Listed]]:
+    """Root and frozen listing of the candidates: an existing one is used as it is.
+
+    Raises `ConfigError` when there are no videos; then nothing was written.
+    """
+    try:
+        lines = out.read(layout.LISTING).decode().splitlines()
+        return SourceRoot(json.loads(lines[0])["root"]), [Listed.parse(line) for line in lines[1:]]
+    except MissingObjectError:
+        root, listed = list_sources(claim.videos, exclude=out.url)
+    if not listed:
+        raise ConfigError(
+            f"no video found in {claim.videos}: looked for files named like videos (.mp4, .mkv, .webm, .avi, …)"
+        )
+    take(out, claim)
+    fault.point("build.after_claim")
+    head = json.dumps({"root": root.address})
+    text = "".join(line + "\n" for line in (head, *(item.line() for item in listed)))
+    if not out.create(layout.LISTING, text.encode()):
+        return freeze_listing(out, claim)
+    fault.point("build.after_listing")
+    return root, listed
 
 
 def load_plan(out: Storage) -> Plan | None:
