@@ -166,8 +166,8 @@ def test_integers_are_uniform() -> None:
 
 
 def test_scale_to_range_is_exact() -> None:
-    words = torch.tensor([[0, 0], [ONES, ONES], [2**31, 0], [2**31 - 1, ONES], [123456789, 987654321]])
-    for size in (1, 2, 3, 1000, 2**31 - 1):
+    words = torch.tensor([[0, 0], [ONES, ONES], [2**31, 0], [2**31 - 1, ONES], [0x55555555, 2**31]])
+    for size in (1, 2, 3, 1000, 2**31 - 1):  # 3 x 0x55555555 is all ones: the low word decides
         expected = [(high * 2**32 + low) * size >> 64 for high, low in words.tolist()]
         assert scale_to_range(words, size).tolist() == expected
         assert scale_to_range(words, torch.full((5,), size)).tolist() == expected
