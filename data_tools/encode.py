@@ -42,7 +42,7 @@ class Encoder(ABC):
 
     @abstractmethod
     def sample_shape(self, num_frames: int, size: int) -> tuple[int, ...]:
-        """Shape of one stored sample."""
+        """Shape of one stored sample; raises `ConfigError` for frames that the encoder cannot take."""
 
 
 class PixelEncoder(Encoder):
@@ -68,25 +68,21 @@ class LatentEncoder(Encoder):
         folder = Path(bundle).expanduser()
         if not folder.is_dir():
             raise ConfigError(f"--encoder {bundle!r} is not a folder; legal: pixels, or a bundle with an AR-VAE")
-        from ardist.models.weights import load_ar_vae, weights_digest
+        from ardist.models.weights import AR_VAE_FILE, load_ar_vae, weights_digest
 
         self.model: ARVAE = load_ar_vae(folder, device=device).eval()
         self.device, self.precision, self.batch_size = device, precision, batch_size
         self.identity = EncoderIdentity(
             kind="latents",
-            weights_digest=weights_digest(folder),
+            weights_digest=weights_digest(folder / AR_VAE_FILE),
             config_digest=self.model.config.digest(),
             precision=precision,
         )
 
-    def check(self, size: int) -> None:
-        """Refuse a frame size that the autoencoder was not made for."""
-        expected = self.model.config.image_size
-        if size != expected:
-            raise ConfigError(f"--size {size} does not fit the encoder, which takes frames of {expected}x{expected}")
-
     def sample_shape(self, num_frames: int, size: int) -> tuple[int, ...]:
         config = self.model.config
+        if size != config.image_size:
+            raise ConfigError(f"--size {size} does not fit the encoder; legal: {config.image_size}")
         return (num_frames, config.tokens_per_frame, config.latent_channels)
 
     def encode(self, clips: Sequence[Frames]) -> list[Stored | Refusal]:
