@@ -12,7 +12,8 @@ import torch
 import ardist
 from ardist.data.loader import read_samples
 from ardist.diffusion.ad import ADSchedule
-from ardist.inference.video_io import contact_sheet, read_frames
+from ardist.inference.contact_sheet import contact_sheet
+from ardist.inference.video_io import read_frames
 from ardist.models.weights import load_ar_vae
 from ardist.quickstart.paths import Paths
 from ardist.report.curves import draw_curves
