@@ -4,51 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from attention_cases import layouts, literal_mask
 from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from ardist.errors import InvalidValueError
 from ardist.models.attention import AttentionLayout
-
-
-@st.composite
-def layouts(draw: st.DrawFn) -> AttentionLayout:
-    kind = draw(st.sampled_from(["strict", "released", "bidirectional"]))
-    key_start = draw(st.integers(0, 4))
-    key_stop = key_start + draw(st.integers(1, 6))
-    query_start = draw(st.integers(key_start, key_stop - 1))
-    query_stop = draw(st.integers(query_start + 1, key_stop))
-    return AttentionLayout(
-        tokens_per_frame=draw(st.integers(1, 4)),
-        query_frames=(query_start, query_stop),
-        key_frames=(key_start, key_stop),
-        context_tokens=draw(st.integers(0, 3)),
-        context_queries=draw(st.booleans()),
-        kind=kind,
-        window=None if kind == "bidirectional" else draw(st.none() | st.integers(1, 6)),
-    )
-
-
-def literal_mask(layout: AttentionLayout) -> list[list[bool]]:
-    """Token by token: None marks a context token, a number the absolute frame of a video token."""
-    length, context = layout.tokens_per_frame, [None] * layout.context_tokens
-    queries = [
-        *(context if layout.context_queries else []),
-        *(f for f in range(*layout.query_frames) for _ in range(length)),
-    ]
-    keys = [*context, *(f for f in range(*layout.key_frames) for _ in range(length))]
-
-    def sees(query: int | None, key: int | None) -> bool:
-        if key is None:
-            return True
-        if query is None:
-            return layout.kind == "released"
-        if layout.kind == "bidirectional":
-            return True
-        reach = layout.window if layout.window is not None else 10**9
-        return max(0, query - reach + 1) <= key <= query
-
-    return [[sees(query, key) for key in keys] for query in queries]
 
 
 @given(layouts())
@@ -129,3 +89,13 @@ def test_illegal_layouts_name_the_value_and_the_legal_ones(changes: dict[str, ob
 
 def test_layouts_are_hashable_values() -> None:
     assert len({AttentionLayout.training(4, 2), AttentionLayout.training(4, 2), AttentionLayout.training(5, 2)}) == 2
+
+
+@given(layouts())
+@settings(max_examples=100, deadline=None)
+def test_relative_layout_is_the_same_mask_and_keys_are_values(layout: AttentionLayout) -> None:
+    relative = layout.relative()
+    assert relative.key_frames[0] == 0
+    assert torch.equal(relative.dense_mask(), layout.dense_mask())
+    assert relative.num_pairs() == layout.num_pairs()
+    assert AttentionLayout.from_key(layout.key()) == layout

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+from attention_cases import layouts
 from hypothesis import given, settings
-from test_attention_layout import layouts
 
 from ardist.models.attention import AttentionLayout
 from ardist.models.attention.pieces import pieces

@@ -89,11 +89,6 @@ def available_backends(
 
 @trace_time_constant
 def _resolve(name: str, device_type: str, dtype: torch.dtype, head_dim: int, tracked: bool) -> str:
-    return _cached_resolve(name, device_type, dtype, head_dim, tracked)
-
-
-@functools.lru_cache(maxsize=1024)
-def _cached_resolve(name: str, device_type: str, dtype: torch.dtype, head_dim: int, tracked: bool) -> str:
     choose("attention backend", name, BACKENDS)
     if name == "auto":
         half = dtype in (torch.float16, torch.bfloat16)
@@ -124,12 +119,17 @@ def _flex_problem(device_type: str, dtype: torch.dtype, tracked: bool) -> str | 
     if device_type == "cpu":
         if tracked:
             return "FlexAttention has no gradients on cpu"
-        if not any(shutil.which(name) for name in ("g++", "clang++", "c++")):
+        if not _has_compiler():
             return "compiling FlexAttention for cpu needs a C++ compiler"
         return None
     if device_type == "cuda":
         return None if find_spec("triton") else "compiling FlexAttention for cuda needs triton"
     return f"FlexAttention does not run on {device_type}"
+
+
+@functools.cache
+def _has_compiler() -> bool:
+    return any(shutil.which(name) for name in ("g++", "clang++", "c++"))
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, layout: AttentionLayout) -> None:

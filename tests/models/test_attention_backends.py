@@ -1,0 +1,150 @@
+"""Every backend against a literal fp64 computation: output and all three gradients."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from attention_cases import NAMED, exact, layouts, tensors
+from hypothesis import given, settings
+from torch import Tensor
+
+from ardist.errors import InvalidValueError
+from ardist.models.attention import (
+    BACKENDS,
+    AttentionLayout,
+    attention,
+    available_backends,
+    resolve_backend,
+    sdpa,
+)
+
+DIFFERENTIABLE = ("reference", "sdpa", "flash")
+
+
+def results(q: Tensor, k: Tensor, v: Tensor, grad: Tensor, layout: AttentionLayout, backend: str) -> list[Tensor]:
+    out = attention(q, k, v, layout, backend)
+    assert out.dtype == q.dtype
+    assert out.shape == q.shape
+    return [out.detach(), *torch.autograd.grad(out, (q, k, v), grad)]
+
+
+def worst(found: list[Tensor], expected: list[Tensor]) -> float:
+    """Largest error, relative to the largest value of each tensor (1 where all values are smaller)."""
+    pairs = zip(found, expected, strict=True)
+    return max(float((x.double() - y).abs().max() / y.abs().max().clamp(min=1)) for x, y in pairs)
+
+
+@pytest.mark.parametrize("backend", DIFFERENTIABLE)
+@pytest.mark.parametrize("name", NAMED)
+def test_agreement_in_fp64(name: str, backend: str) -> None:
+    values = tensors(NAMED[name])
+    assert worst(results(*values, NAMED[name], backend), exact(*values, NAMED[name])) < 1e-12
+
+
+@pytest.mark.parametrize("backend", DIFFERENTIABLE)
+@given(layout=layouts())
+@settings(max_examples=60, deadline=None)
+def test_agreement_on_drawn_layouts(backend: str, layout: AttentionLayout) -> None:
+    values = tensors(layout, head_dim=3)
+    assert worst(results(*values, layout, backend), exact(*values, layout)) < 1e-12
+
+
+@given(layout=layouts())
+@settings(max_examples=60, deadline=None)
+def test_chunks_of_every_size_agree(layout: AttentionLayout) -> None:
+    """Tiny limits force what only long sequences would reach: many chunks, ragged ends, windows off the context."""
+    values = tensors(layout, head_dim=3)
+    expected = exact(*values, layout)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sdpa, "ONE_CALL_TOKENS", 0)
+        for chunk in (1, 2, 5, 9):
+            sdpa._cached_plan.cache_clear()
+            patch.setattr(sdpa, "CHUNK_TOKENS_TRAINING", chunk)
+            assert worst(results(*values, layout, "sdpa"), expected) < 1e-12
+    sdpa._cached_plan.cache_clear()
+
+
+@pytest.mark.parametrize("backend", DIFFERENTIABLE)
+@pytest.mark.parametrize("head_dim", [1, 5, 64, 72])
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float32, 5e-6), (torch.bfloat16, 2e-2), (torch.float16, 3e-3)], ids=str
+)
+def test_agreement_in_working_precision(dtype: torch.dtype, tolerance: float, head_dim: int, backend: str) -> None:
+    for name in ("strict with context", "window", "several chunks of several frames"):
+        values = tensors(NAMED[name], head_dim, dtype)
+        assert worst(results(*values, NAMED[name], backend), exact(*values, NAMED[name])) < tolerance
+
+
+@pytest.mark.parametrize("backend", DIFFERENTIABLE)
+def test_agreement_when_the_scores_are_extreme(backend: str) -> None:
+    """Pieces whose log-sum-exps lie hundreds apart still merge exactly."""
+    for name in ("strict with context", "window"):
+        values = tensors(NAMED[name], scale=12.0)
+        assert worst(results(*values, NAMED[name], backend), exact(*values, NAMED[name])) < 1e-11
+
+
+@pytest.mark.parametrize("backend", DIFFERENTIABLE)
+def test_strides_do_not_matter(backend: str) -> None:
+    """Tensors as a fused projection leaves them, and a gradient broadcast from a sum."""
+    layout = NAMED["strict with context"]
+    packed = torch.randn(2, layout.num_keys, 3, 3, 8, dtype=torch.float64, requires_grad=True)
+    q, k, v = (x.transpose(1, 2) for x in packed.unbind(2))
+    out = attention(q, k, v, layout, backend)
+    (found,) = torch.autograd.grad(out.sum(), packed)
+    _, *grads = exact(q, k, v, torch.ones_like(out), layout)
+    expected = torch.stack([grad.transpose(1, 2) for grad in grads], 2)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("backend", DIFFERENTIABLE)
+def test_inference_mode_first_does_not_spoil_training(backend: str) -> None:
+    layout = AttentionLayout.training(11, 9, 1)
+    values = tensors(layout)
+    with torch.inference_mode():
+        attention(*values[:3], layout, backend)
+    assert worst(results(*values, layout, backend), exact(*values, layout)) < 1e-12
+
+
+@pytest.mark.parametrize("backend", DIFFERENTIABLE)
+def test_autocast_decides_the_dtype(backend: str) -> None:
+    layout = NAMED["strict with context"]
+    q, k, v, _ = tensors(layout, dtype=torch.float32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = attention(q, k.bfloat16(), v, layout, backend)
+    assert out.dtype == torch.bfloat16
+    torch.testing.assert_close(out.double(), exact(q, k, v, q, layout)[0], rtol=0, atol=3e-2)
+
+
+def test_auto_on_cpu_is_sdpa() -> None:
+    layout = NAMED["strict"]
+    for dtype in (torch.float32, torch.bfloat16, torch.float64):
+        q = tensors(layout, dtype=dtype)[0]
+        assert resolve_backend("auto", layout, q) == "sdpa"
+        for name in DIFFERENTIABLE:
+            assert resolve_backend(name, layout, q) == name
+
+
+def test_available_backends_name_a_reason_or_none() -> None:
+    here = available_backends("cpu", requires_grad=True)
+    assert set(here) >= set(BACKENDS) - {"auto"}
+    assert [name for name, reason in here.items() if reason is None] == ["reference", "sdpa", "flash", "flash/cpu"]
+    assert here["flex"] == "FlexAttention has no gradients on cpu"
+    assert here["flash/torch"] == "it runs on cuda, not on cpu"
+    assert "float64" in str(available_backends("cpu", torch.float64)["flex"])
+
+
+def test_bad_input_names_the_value_and_the_legal_ones() -> None:
+    layout = NAMED["strict"]
+    q, k, v, _ = tensors(layout)
+    with pytest.raises(InvalidValueError, match=r"'flush' is not known \(did you mean 'flash'\?\); legal: auto, refer"):
+        attention(q, k, v, layout, "flush")
+    with pytest.raises(InvalidValueError, match="no gradients on cpu; legal: auto, reference, sdpa, flash"):
+        attention(q.float(), k.float(), v.float(), layout, "flex")
+    with pytest.raises(InvalidValueError, match=r"flex.*not float64; legal: auto, reference, sdpa, flash"):
+        attention(q.detach(), k.detach(), v.detach(), layout, "flex")
+    with pytest.raises(InvalidValueError, match=r"legal for this layout: 35 tokens in q, 35 in k and v"):
+        attention(q[:, :, 1:], k, v, layout)
+    with pytest.raises(InvalidValueError, match=r"legal for this layout: 35 tokens in q, 35 in k and v"):
+        attention(q, k[:, :, 1:], v[:, :, 1:], layout)
+    with pytest.raises(InvalidValueError, match="one dtype for all three"):
+        attention(q, k.float(), v, layout)
