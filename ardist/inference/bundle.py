@@ -16,12 +16,10 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from pydantic import Field
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ardist.config import ARVAEConfig, DenoiserConfig, Section, check
@@ -34,16 +32,20 @@ from ardist.inference.publish import publish_directory
 from ardist.inference.sampler import ADSampler
 from ardist.models.ar_vae import ARVAE
 from ardist.models.denoiser import Denoiser
-from ardist.models.weights import load_ar_vae, weights_digest
-
-FORMAT, VERSION = "ardist-bundle", 1
-CONFIG, SAMPLER, CARD, VERIFY, AR_VAE = (
-    "config.json",
-    "sampler.json",
-    "README.md",
-    "verify.safetensors",
-    "ar_vae.safetensors",
+from ardist.models.weights import (
+    AR_VAE_FILE,
+    CONFIG_FILE,
+    load_ar_vae,
+    load_into,
+    read_config,
+    read_state,
+    weights_digest,
+    write_config,
+    write_state,
 )
+
+SAMPLER, CARD, VERIFY = "sampler.json", "README.md", "verify.safetensors"
+SectionT = TypeVar("SectionT", bound=Section)
 WEIGHTS = {"ema": "denoiser.safetensors", "raw": "denoiser_raw.safetensors"}
 
 
@@ -118,36 +120,23 @@ def write_bundle(
     """
     defaults = sampler_defaults or SamplerDefaults()
     states = {"ema": ema_state} if raw_state is None else {"ema": ema_state, "raw": raw_state}
+    denoisers = {kind: _build_denoiser(denoiser_config, state, f"the {kind} state") for kind, state in states.items()}
     with publish_directory(Path(out), replaces=_is_bundle) as directory:
         config: dict[str, Any] = {
-            "format": FORMAT,
-            "version": VERSION,
             "denoiser": denoiser_config.model_dump(mode="json"),
             "diffusion": diffusion.model_dump(mode="json"),
             "provenance": dict(provenance or {}),
         }
-        for kind, state in states.items():
-            save_file(
-                {name: value.detach().cpu().contiguous() for name, value in state.items()}, directory / WEIGHTS[kind]
-            )
         if ar_vae_dir is not None:
-            source = _read_config(Path(ar_vae_dir))
-            ar_vae_config = _ar_vae_config(source, Path(ar_vae_dir))
-            if ar_vae_config is None:
-                raise CheckpointError(f"{str(ar_vae_dir)!r} holds no AR-VAE")
-            _check_latents(denoiser_config, ar_vae_config)
-            config["ar_vae"] = source["ar_vae"]
-            _check_digest(Path(ar_vae_dir), AR_VAE, source)
-            shutil.copyfile(Path(ar_vae_dir) / AR_VAE, directory / AR_VAE)
-        denoisers = {kind: _build_denoiser(denoiser_config, directory / WEIGHTS[kind]) for kind in states}
-        save_file(verification.make_case(denoisers, diffusion.num_timesteps), directory / VERIFY)
+            config["ar_vae"] = _copy_ar_vae(Path(ar_vae_dir), directory, denoiser_config)
+        for kind, state in states.items():
+            write_state(directory / WEIGHTS[kind], state)
+        write_state(directory / VERIFY, verification.make_case(denoisers, diffusion.num_timesteps))
         (directory / SAMPLER).write_text(json.dumps(defaults.model_dump(mode="json"), indent=2) + "\n", "utf-8")
-        (directory / CARD).write_text(
-            model_card(denoiser_config, diffusion, defaults.model_dump(), config.get("ar_vae"), config["provenance"]),
-            "utf-8",
-        )
+        card = model_card(denoiser_config, diffusion, defaults.model_dump(), config.get("ar_vae"), provenance or {})
+        (directory / CARD).write_text(card, "utf-8")
         config["digests"] = {path.name: weights_digest(path) for path in sorted(directory.iterdir())}
-        (directory / CONFIG).write_text(json.dumps(config, indent=2) + "\n", "utf-8")
+        write_config(directory, config)
         verify_bundle(directory)
     return Path(out)
 
@@ -170,21 +159,21 @@ def load_bundle(
     """
     directory, device = Path(directory), torch.device(device)
     choose("weights", weights, WEIGHTS)
-    config = _read_config(directory)
-    if "denoiser" not in config:
+    config = read_config(directory)
+    if config.get("denoiser") is None:
         raise CheckpointError(
             f"the bundle {str(directory)!r} has no denoiser, only {sorted(config.get('digests', {}))}"
         )
-    if WEIGHTS[weights] not in config["digests"]:
-        raise CheckpointError(f"the bundle {str(directory)!r} has no {weights} weights")
-    for name in (WEIGHTS[weights], SAMPLER):
-        _check_digest(directory, name, config)
-    denoiser = _build_denoiser(_section(DenoiserConfig, config, "denoiser", directory), directory / WEIGHTS[weights])
+    _check_digest(directory, SAMPLER, config)
+    state = read_state(directory, WEIGHTS[weights], config)
+    source = directory / CONFIG_FILE
+    denoiser_config = _section(DenoiserConfig, config, "denoiser", source)
+    denoiser = _build_denoiser(denoiser_config, state, str(directory / WEIGHTS[weights]))
     return Bundle(
         directory,
         denoiser.to(device, dtype),
-        _section(DiffusionConfig, config, "diffusion", directory),
-        _checked(SamplerDefaults, _read_json(directory / SAMPLER), directory / SAMPLER),
+        _section(DiffusionConfig, config, "diffusion", source),
+        _read_sampler_defaults(directory / SAMPLER),
         config.get("provenance", {}),
         _ar_vae_config(config, directory),
         device,
@@ -194,19 +183,23 @@ def load_bundle(
 def verify_bundle(directory: Path, device: torch.device | str = "cpu") -> None:
     """Check every digest, open the bundle with each of its weights and compare what they compute with what is stored.
 
+    A bundle that holds an AR-VAE only is checked by its digest and opened.
+
     Raises:
         CheckpointError: as `load_bundle`, or an output differs.
     """
     directory = Path(directory)
-    config = _read_config(directory)
+    config = read_config(directory)
     for name in config["digests"]:
         _check_digest(directory, name, config)
-    if "ar_vae" in config:
+    if config.get("ar_vae") is not None:
         load_ar_vae(directory)
+    if config.get("denoiser") is None:
+        return
     for kind, name in WEIGHTS.items():
         if kind == "ema" or name in config["digests"]:
             denoiser = load_bundle(directory, kind, device).denoiser
-            error = verification.worst_error(denoiser, _load_tensors(directory / VERIFY), kind)
+            error = verification.worst_error(denoiser, read_state(directory, VERIFY, config), kind)
             if not error <= verification.TOLERANCE:
                 raise CheckpointError(
                     f"{str(directory / name)!r} computes something else than when it was written: "
@@ -216,94 +209,62 @@ def verify_bundle(directory: Path, device: torch.device | str = "cpu") -> None:
 
 def _is_bundle(directory: Path) -> bool:
     try:
-        _read_config(directory)
+        read_config(directory)
     except CheckpointError:
         return False
     return True
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def _section(schema: type[SectionT], config: Mapping[str, Any], name: str, source: Path) -> SectionT:
+    if not isinstance(config.get(name), dict):
+        raise CheckpointError(f"{str(source)!r} has no section {name!r}")
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(f"{str(path)!r} is missing: {str(path.parent)!r} is no bundle") from None
+        return check(schema, config[name], f"{source}, section {name!r}")
+    except ConfigError as error:
+        raise CheckpointError(f"the bundle was written by another version: {error}") from None
+
+
+def _read_sampler_defaults(path: Path) -> SamplerDefaults:
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{str(path)!r} cannot be read: {error}") from None
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{str(path)!r} must hold a JSON object")
-    return value
+    return _section(SamplerDefaults, {"sampler": settings}, "sampler", path)
 
 
-def _read_config(directory: Path) -> dict[str, Any]:
-    config = _read_json(directory / CONFIG)
-    if config.get("format") != FORMAT:
-        raise CheckpointError(f"{str(directory)!r} is no bundle: format {config.get('format')!r}, legal: {FORMAT!r}")
-    if config.get("version") != VERSION:
-        raise CheckpointError(
-            f"the bundle {str(directory)!r} has version {config.get('version')!r}; this ardist reads version {VERSION}"
-        )
-    if not isinstance(config.get("digests"), dict):
-        raise CheckpointError(f"{str(directory / CONFIG)!r} has no digests")
-    return config
+def _ar_vae_config(config: Mapping[str, Any], directory: Path) -> ARVAEConfig | None:
+    return None if config.get("ar_vae") is None else _section(ARVAEConfig, config, "ar_vae", directory / CONFIG_FILE)
 
 
-def _checked(schema: type[Any], settings: dict[str, Any], path: Path) -> Any:
-    try:
-        return check(schema, settings, str(path))
-    except ConfigError as error:
-        raise CheckpointError(str(error)) from None
-
-
-def _section(schema: type[Any], config: dict[str, Any], name: str, directory: Path) -> Any:
-    if not isinstance(config.get(name), dict):
-        raise CheckpointError(f"{str(directory / CONFIG)!r} has no section {name!r}")
-    return _checked(schema, config[name], directory / CONFIG)
-
-
-def _ar_vae_config(config: dict[str, Any], directory: Path) -> ARVAEConfig | None:
-    if "ar_vae" not in config:
-        return None
-    section: ARVAEConfig = _section(ARVAEConfig, config, "ar_vae", directory)
-    return section
-
-
-def _check_latents(denoiser: DenoiserConfig, ar_vae: ARVAEConfig) -> None:
+def _copy_ar_vae(source: Path, directory: Path, denoiser: DenoiserConfig) -> dict[str, Any]:
+    """Copy the AR-VAE of the bundle `source`; returns its section of ``config.json``."""
+    config = read_config(source)
+    ar_vae = _ar_vae_config(config, source)
+    if ar_vae is None:
+        raise CheckpointError(f"the bundle {str(source)!r} holds no AR-VAE")
     ours = (denoiser.tokens_per_frame, denoiser.latent_channels)
     theirs = (ar_vae.tokens_per_frame, ar_vae.latent_channels)
     if ours != theirs:
-        raise ConfigError(f"the denoiser makes {ours} tokens and channels per frame, the AR-VAE decodes {theirs}")
+        raise ConfigError(
+            f"the AR-VAE of {str(source)!r} decodes {theirs} tokens and channels per frame; "
+            f"legal: {ours}, as the denoiser makes them"
+        )
+    _check_digest(source, AR_VAE_FILE, config)
+    shutil.copyfile(source / AR_VAE_FILE, directory / AR_VAE_FILE)
+    return ar_vae.model_dump(mode="json")
 
 
-def _check_digest(directory: Path, name: str, config: dict[str, Any]) -> None:
+def _check_digest(directory: Path, name: str, config: Mapping[str, Any]) -> None:
     if Path(name).name != name:
-        raise CheckpointError(f"{str(directory / CONFIG)!r} names a file outside the bundle: {name!r}")
-    expected = config["digests"].get(name)
-    path = directory / name
-    if not path.is_file():
-        raise CheckpointError(f"{str(path)!r} is missing from the bundle")
-    if weights_digest(path) != expected:
-        raise CheckpointError(f"{str(path)!r} has changed since the bundle was written (sha256 differs)")
+        raise CheckpointError(f"{str(directory / CONFIG_FILE)!r} names a file outside the bundle: {name!r}")
+    if weights_digest(directory / name) != config.get("digests", {}).get(name):
+        raise CheckpointError(f"{str(directory / name)!r} has changed since the bundle was written: its sha256 differs")
 
 
-def _load_tensors(path: Path) -> dict[str, Tensor]:
-    try:
-        return load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{str(path)!r} cannot be read: {error}") from None
-
-
-def _build_denoiser(config: DenoiserConfig, path: Path) -> Denoiser:
-    state = _load_tensors(path)
+def _build_denoiser(config: DenoiserConfig, state: Mapping[str, Tensor], source: str) -> Denoiser:
+    # Nothing is initialised only to be overwritten: `load_into` insists on a complete state.
     with torch.device("meta"):
         denoiser = Denoiser(config)
-    expected = denoiser.state_dict()
-    wrong = sorted(
-        {*expected} ^ {*state} | {name for name in {*expected} & {*state} if expected[name].shape != state[name].shape}
-    )
-    if wrong:
-        raise CheckpointError(
-            f"{str(path)!r} does not fit its configuration: {len(wrong)} missing, unknown or of another shape, "
-            f"such as {', '.join(wrong[:3])}"
-        )
-    denoiser.load_state_dict(state, assign=True)
+    denoiser = denoiser.to_empty(device="cpu")
+    load_into(denoiser, state, source)
     return denoiser.eval().requires_grad_(False)

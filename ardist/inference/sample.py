@@ -50,6 +50,7 @@ def sample_to_file(
         out: the file; with several videos ``-0``, ``-1``, … is added to its name. Video i of a seed is the same
             whatever `num_videos` is.
         num_frames: length of the video, prefix included.
+        class_id: class of a class-conditional bundle; None is no class.
         prefix: a video whose last frames, or an image which, the video starts with.
         prefix_frames: how many frames of a prefix video are taken; None: as many as there are, but at most half of the
             video and half of the window.
@@ -67,8 +68,8 @@ def sample_to_file(
     place = _device(device)
     opened = load_bundle(bundle, weights, place, torch.bfloat16 if place.type == "cuda" else torch.float32)
     defaults = opened.sampler_defaults
-    if (class_id is None) != (opened.denoiser.config.num_classes is None):
-        raise _class_error(opened, class_id)
+    if class_id is not None and opened.denoiser.config.num_classes is None:
+        raise InvalidValueError(f"class_id={class_id} is illegal: the bundle has no classes; legal: none")
     sampler = opened.sampler(window=window, compile=compile)
     frames = num_frames or defaults.num_frames
     given = None if prefix is None else _encode_prefix(opened, sampler, prefix, frames, prefix_frames)
@@ -153,15 +154,6 @@ def _device(name: str | None) -> torch.device:
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise HardwareError(f"device {name!r} is not here; there are {torch.cuda.device_count()} CUDA devices")
     return device
-
-
-def _class_error(bundle: Bundle, class_id: int | None) -> InvalidValueError:
-    classes = bundle.denoiser.config.num_classes
-    if classes is None:
-        return InvalidValueError(f"class_id={class_id} is illegal: the bundle has no classes; legal: none")
-    return InvalidValueError(
-        f"the bundle is class-conditional; legal: class_id 0 to {classes - 1}, or {classes} for none"
-    )
 
 
 class _ProgressBar:
