@@ -164,7 +164,7 @@ def newest_valid(root: Path, step: int | None = None) -> tuple[Path, Commit]:
         if problem is None:
             return path, commit
         reasons.append(f"{path.name}: {problem}")
-    wanted = "a checkpoint" if step is None else f"a checkpoint of step {step}"
+    wanted = "checkpoint" if step is None else f"checkpoint of step {step}"
     known = ", ".join(str(step_of(path)) for path in reversed(candidates(root))) or "none"
     details = "".join(f"\n  {reason}" for reason in reasons)
     raise CheckpointError(f"no readable {wanted} in {root}; steps there: {known}{details}")

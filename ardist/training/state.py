@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ardist.data.manifest import Manifest
 from ardist.errors import CheckpointError, ConfigError
 from ardist.events import events
 from ardist.training import commit as commits
@@ -73,8 +74,19 @@ def snapshot(trainer: Trainer) -> Snapshot:
             "counters": trainer.engine.counters(),
             "loss_scaler": trainer.engine.loss_scaler(),
             "history": trainer.history.as_dict(),
+            "dataset": describe_dataset(trainer.manifest),
         },
     )
+
+
+def describe_dataset(manifest: Manifest) -> dict[str, Any]:
+    """What an export must know of the data the weights were trained on."""
+    return {
+        "id": manifest.dataset_id,
+        "shape": list(manifest.shape),
+        "classes": None if manifest.classes is None else list(manifest.classes),
+        "vae_weights_digest": None if manifest.vae is None else manifest.vae.weights_digest,
+    }
 
 
 def resume_or_begin(trainer: Trainer) -> None:
