@@ -74,7 +74,7 @@ def build(
     decoders: Annotated[int, typer.Option(help="Videos decoded at once per process; 0: one per core.", min=0)] = 0,
     device: Annotated[str, typer.Option(help="Where the AR-VAE runs: auto, cpu, cuda, cuda:1.")] = "auto",
     precision: Annotated[str, typer.Option(help="fp32 or bf16 for the AR-VAE.")] = "fp32",
-    batch_size: Annotated[int, typer.Option(help="Clips per AR-VAE forward.", min=1)] = 8,
+    batch_frames: Annotated[int, typer.Option(help="Frames per AR-VAE forward.", min=1)] = 128,
     queue_mib: Annotated[int, typer.Option(help="Most memory for decoded clips that wait, per process.", min=1)] = 512,
     video_timeout: Annotated[float, typer.Option(help="Seconds to wait for one video's frames.", min=1)] = 300.0,
     log: Annotated[Path | None, typer.Option(help="JSONL log. Without: build-log.jsonl in a local --out.")] = None,
@@ -96,7 +96,7 @@ def build(
     from data_tools.progress import ConsoleProgress
     from data_tools.shard import ShardSettings
 
-    chosen = make_encoder(encoder, device=device, precision=precision, batch_size=batch_size)
+    chosen = make_encoder(encoder, device=device, precision=precision, batch_frames=batch_frames)
     known = read_labels(labels) if labels is not None else None
     parameters = make_parameters(
         chosen,

@@ -16,7 +16,7 @@ from data_tools.frame_stream import Frames, FrameStream
 from data_tools.probe import VideoFacts
 from data_tools.reasons import Reason, Refusal
 
-STRETCH_BYTES, STRETCH_FRAMES = 256 * 2**20, 2048
+STRETCH_BYTES, STRETCH_FRAMES = 128 * 2**20, 2048
 """A seekable video is decoded in stretches of at most this much; part of how a shard is defined, not a tuning knob."""
 
 _WHOLE = frozenset(Reason) - {Reason.DAMAGED}
@@ -64,29 +64,25 @@ def stretches(starts: Sequence[int], target: Target, seekable: bool) -> Iterator
 
 def decode_stretch(
     path: str, version: str | None, facts: VideoFacts, starts: Sequence[int], target: Target, settings: DecodeSettings
-) -> Iterator[Frames | Refusal]:
-    """The clips that begin at grid frames `starts` (ascending): each uint8 [F, H, W, 3], or why there is none.
+) -> Iterator[tuple[list[int], Frames | Refusal]]:
+    """Consecutive groups of the clips that begin at grid frames `starts` (ascending), in order.
 
-    Which clips are refused depends on the file alone: a stretch counts only when its process ended well, else both
-    halves are tried by themselves, down to single clips.
+    With each group come its frames uint8 [n, H, W, 3], the first of which is the first clip's first, or why there
+    are none. Which clips are refused depends on the file alone: a stretch counts only when its process ended well,
+    else both halves are tried by themselves, down to single clips.
     """
     count = starts[-1] + target.num_frames - starts[0]
     request = DecodeRequest(facts, starts[0], count, target.fps, target.size, target.max_pixels)
     try:
-        frames = _frames(path, version, request, settings)
+        yield list(starts), _frames(path, version, request, settings)
+        return
     except Refusal as refusal:
         if len(starts) == 1 or refusal.reason in _WHOLE:
-            yield from [refusal] * len(starts)
+            yield list(starts), refusal
             return
-        frames = None
-    if frames is None:
-        half = len(starts) // 2
-        for part in (starts[:half], starts[half:]):
-            yield from decode_stretch(path, version, facts, part, target, settings)
-        return
-    for start in starts:
-        at = start - starts[0]
-        yield np.array(frames[at : at + target.num_frames])
+    half = len(starts) // 2
+    for part in (starts[:half], starts[half:]):
+        yield from decode_stretch(path, version, facts, part, target, settings)
 
 
 def _frames(path: str, version: str | None, request: DecodeRequest, settings: DecodeSettings) -> Frames:

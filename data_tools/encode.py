@@ -30,15 +30,14 @@ Precision = Literal["fp32", "bf16"]
 
 
 class Encoder(ABC):
-    """Turns clips into stored arrays; `identity` goes into the dataset's parameters."""
+    """Turns stretches of frames into the stored arrays of clips; `identity` goes into the dataset's parameters."""
 
     identity: EncoderIdentity
     dtype: SampleDtype
-    batch_size: int
 
     @abstractmethod
-    def encode(self, clips: Sequence[Frames]) -> list[Stored | Refusal]:
-        """One stored array, or why there is none, for each uint8 [F, H, W, 3] clip."""
+    def encode(self, frames: Frames, offsets: Sequence[int], num_frames: int) -> Iterator[Stored | Refusal]:
+        """For each clip frames[offset : offset + num_frames] of uint8 [n, H, W, 3]: what is stored, or why not."""
 
     @abstractmethod
     def sample_shape(self, num_frames: int, size: int) -> tuple[int, ...]:
@@ -50,28 +49,31 @@ class PixelEncoder(Encoder):
 
     identity = EncoderIdentity()
     dtype: SampleDtype = "uint8"
-    batch_size = 1
 
-    def encode(self, clips: Sequence[Frames]) -> list[Stored | Refusal]:
-        return list(clips)
+    def encode(self, frames: Frames, offsets: Sequence[int], num_frames: int) -> Iterator[Stored | Refusal]:
+        return (frames[offset : offset + num_frames] for offset in offsets)
 
     def sample_shape(self, num_frames: int, size: int) -> tuple[int, ...]:
         return (num_frames, size, size, 3)
 
 
 class LatentEncoder(Encoder):
-    """Stores float16 latents [F, L, C]: the posterior mean of an AR-VAE bundle."""
+    """Stores float16 latents [F, L, C]: the posterior mean of an AR-VAE bundle.
+
+    The autoencoder looks at every frame by itself (METHOD section 5), so a frame that several clips share is encoded
+    once.
+    """
 
     dtype: SampleDtype = "float16"
 
-    def __init__(self, bundle: str, *, device: str, precision: Precision, batch_size: int) -> None:
+    def __init__(self, bundle: str, *, device: str, precision: Precision, batch_frames: int) -> None:
         folder = Path(bundle).expanduser()
         if not folder.is_dir():
             raise ConfigError(f"--encoder {bundle!r} is not a folder; legal: pixels, or a bundle with an AR-VAE")
         from ardist.models.weights import AR_VAE_FILE, load_ar_vae, weights_digest
 
         self.model: ARVAE = load_ar_vae(folder, device=device).eval()
-        self.device, self.precision, self.batch_size = device, precision, batch_size
+        self.device, self.precision, self.batch_frames = device, precision, batch_frames
         self.identity = EncoderIdentity(
             kind="latents",
             weights_digest=weights_digest(folder / AR_VAE_FILE),
@@ -85,28 +87,39 @@ class LatentEncoder(Encoder):
             raise ConfigError(f"--size {size} does not fit the encoder; legal: {config.image_size}")
         return (num_frames, config.tokens_per_frame, config.latent_channels)
 
-    def encode(self, clips: Sequence[Frames]) -> list[Stored | Refusal]:
+    def encode(self, frames: Frames, offsets: Sequence[int], num_frames: int) -> Iterator[Stored | Refusal]:
+        used = sorted({frame for offset in offsets for frame in range(offset, offset + num_frames)})
+        row_of = {frame: row for row, frame in enumerate(used)}
+        config = self.model.config
+        latents = np.empty((len(used), config.tokens_per_frame, config.latent_channels), np.float16)
+        problems: dict[int, Refusal] = {}
+        for low in range(0, len(used), self.batch_frames):
+            numbers = used[low : low + self.batch_frames]
+            part = frames[numbers[0] : numbers[-1] + 1] if numbers[-1] - numbers[0] < len(numbers) else frames[numbers]
+            problems |= {numbers[i]: why for i, why in self._rows(part, latents[low : low + len(numbers)]).items()}
+        for offset in offsets:
+            bad = next((problems[frame] for frame in range(offset, offset + num_frames) if frame in problems), None)
+            yield bad or latents[row_of[offset] : row_of[offset] + num_frames]
+
+    def _rows(self, frames: Frames, latents: Stored) -> dict[int, Refusal]:
+        """Encode frames into rows of `latents`; returns the rows that failed. Halves what does not fit memory."""
         import torch
 
-        batch = torch.from_numpy(np.stack(clips)).to(self.device)
         try:
-            latents = self._forward(batch)
+            stored = self._forward(torch.from_numpy(frames).to(self.device)).to(torch.float16)
         except (torch.OutOfMemoryError, MemoryError):
-            if len(clips) == 1:
+            if len(frames) == 1:
                 events.count("build.encoder_out_of_memory", device=self.device)
-                return [Refusal(Reason.MEMORY, "the encoder ran out of memory with this clip alone")]
-            half = len(clips) // 2
-            events.count("build.encoder_batch_halved", device=self.device, clips=len(clips))
-            return [*self.encode(clips[:half]), *self.encode(clips[half:])]
-        stored = latents.to(torch.float16)
+                return {0: Refusal(Reason.MEMORY, "the encoder ran out of memory with a single frame")}
+            events.count("build.encoder_batch_halved", device=self.device, frames=len(frames))
+            half = len(frames) // 2
+            second = self._rows(frames[half:], latents[half:])
+            return self._rows(frames[:half], latents[:half]) | {half + row: why for row, why in second.items()}
         if fault.point("build.encoded") == "nan":
             stored[0] = float("nan")
-        finite = torch.isfinite(stored).flatten(1).all(1).tolist()
-        arrays = stored.cpu().numpy()
-        return [
-            array if good else Refusal(Reason.NONFINITE, "the encoder gave NaN, infinity or a value beyond float16")
-            for array, good in zip(arrays, finite, strict=True)
-        ]
+        latents[:] = stored.cpu().numpy()
+        wrong = torch.nonzero(~torch.isfinite(stored).flatten(1).all(1)).flatten().tolist()
+        return {row: Refusal(Reason.NONFINITE, "the encoder gave NaN or infinity, or beyond float16") for row in wrong}
 
     def _forward(self, batch: torch.Tensor) -> torch.Tensor:
         import torch
@@ -114,16 +127,16 @@ class LatentEncoder(Encoder):
         kind = torch.device(self.device).type
         autocast = torch.autocast(kind, torch.bfloat16) if self.precision == "bf16" else contextlib.nullcontext()
         with torch.inference_mode(), autocast:
-            frames = batch.permute(0, 1, 4, 2, 3).to(torch.float32).div_(255)
-            return self.model.encode(frames).float()
+            frames = batch.permute(0, 3, 1, 2).to(torch.float32).div_(255)
+            return self.model.encode(frames[None])[0].float()
 
 
-def make_encoder(name: str, *, device: str, precision: str, batch_size: int) -> Encoder:
+def make_encoder(name: str, *, device: str, precision: str, batch_frames: int) -> Encoder:
     """The encoder called ``pixels``, or the AR-VAE of a bundle folder; raises `ConfigError`, `HardwareError`."""
     chosen = cast(Precision, choose("precision", precision, get_args(Precision)))
     if name == "pixels":
         return PixelEncoder()
-    return LatentEncoder(name, device=resolve_device(device), precision=chosen, batch_size=batch_size)
+    return LatentEncoder(name, device=resolve_device(device), precision=chosen, batch_frames=batch_frames)
 
 
 def resolve_device(device: str) -> str:
@@ -135,18 +148,6 @@ def resolve_device(device: str) -> str:
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise HardwareError(f"--device {device}: this machine has no CUDA device; legal here: cpu")
     return device
-
-
-def batches(items: Iterator[Any], size: int) -> Iterator[list[Any]]:
-    """Consecutive groups of `size` items."""
-    group: list[Any] = []
-    for item in items:
-        group.append(item)
-        if len(group) == size:
-            yield group
-            group = []
-    if group:
-        yield group
 
 
 def default_threads() -> int:

@@ -23,7 +23,7 @@ from ardist.storage import Storage, open_storage
 from data_tools import layout
 from data_tools.bounded import OrderedWork
 from data_tools.decode import DecodeSettings, Target, decode_stretch, stretches
-from data_tools.encode import Encoder, Stored, batches
+from data_tools.encode import Encoder, Stored
 from data_tools.frame_stream import Frames
 from data_tools.plan import Clip, Plan, jobs_of, shown_name
 from data_tools.reasons import Refusal
@@ -128,35 +128,30 @@ class ShardBuilder:
             max_bytes=self.settings.queue_bytes,
             size_of=lambda item: item[1].nbytes if isinstance(item[1], np.ndarray) else 1,
         )
-        for group in batches(self._good(iter(work), refusals, counts), self.encoder.batch_size):
-            encoded = self.encoder.encode([frames for _, frames in group])
-            for (clip, _), result in zip(group, encoded, strict=True):
+        for clips, frames in work:
+            counts.queue_fill = work.fill
+            if isinstance(frames, Refusal):
+                self._refuse(clips, frames, "decode", refusals, counts)
+                continue
+            counts.frames += len(frames)
+            offsets = [clip.start - clips[0].start for clip in clips]
+            encoded = self.encoder.encode(frames, offsets, self.plan.parameters.num_frames)
+            for clip, result in zip(clips, encoded, strict=True):
                 if isinstance(result, Refusal):
-                    self._refuse(clip, result, "encode", refusals, counts)
+                    self._refuse([clip], result, "encode", refusals, counts)
                     continue
                 counts.clips += 1
-                counts.queue_fill = work.fill
                 self.on_progress(counts)
                 fault.point("build.sample")
                 yield self._sample(clip, result)
 
-    def _good(
-        self, decoded: Iterator[tuple[Clip, Frames | Refusal]], refusals: list[dict[str, object]], counts: Counts
-    ) -> Iterator[tuple[Clip, Frames]]:
-        for clip, result in decoded:
-            if isinstance(result, Refusal):
-                self._refuse(clip, result, "decode", refusals, counts)
-            else:
-                counts.frames += len(result)
-                yield clip, result
-
     def _refuse(
-        self, clip: Clip, refusal: Refusal, stage: str, refusals: list[dict[str, object]], counts: Counts
+        self, clips: list[Clip], refusal: Refusal, stage: str, refusals: list[dict[str, object]], counts: Counts
     ) -> None:
-        counts.refused += 1
-        name = shown_name(self.plan.sources[clip.source].name)
-        events.count(f"build.refused.{refusal.reason}", source=name, start=clip.start, detail=refusal.detail)
-        refusals.append(refusal.record(name, stage, row=clip.row, start=clip.start))
+        counts.refused += len(clips)
+        name = shown_name(self.plan.sources[clips[0].source].name)
+        events.count(f"build.refused.{refusal.reason}", len(clips), source=name, detail=refusal.detail)
+        refusals.extend(refusal.record(name, stage, row=clip.row, start=clip.start) for clip in clips)
         self.on_progress(counts)
 
     def _sample(self, clip: Clip, array: Stored) -> Sample:
@@ -184,18 +179,18 @@ class ShardBuilder:
         parameters = self.plan.parameters
         return Target(parameters.num_frames, clip.fps, parameters.size, parameters.max_pixels)
 
-    def _decode(self, job: list[Clip]) -> Iterator[tuple[Clip, Frames | Refusal]]:
+    def _decode(self, job: list[Clip]) -> Iterator[tuple[list[Clip], Frames | Refusal]]:
         source = self.plan.sources[job[0].source]
         assert source.facts is not None
         settings = replace(self.settings.decode, scratch=self.staging)
-        starts = [clip.start for clip in job]
+        by_start = {clip.start: clip for clip in job}
         try:
             with local_copy(self.root, source.name, source.version, self.staging) as (path, version):
-                results = decode_stretch(path, version, source.facts, starts, self._target(job[0]), settings)
-                yield from zip(job, results, strict=True)
+                target = self._target(job[0])
+                for starts, frames in decode_stretch(path, version, source.facts, list(by_start), target, settings):
+                    yield [by_start[start] for start in starts], frames
         except Refusal as refusal:
-            for clip in job:
-                yield clip, refusal
+            yield job, refusal
 
 
 class local_copy:
