@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -107,3 +110,32 @@ def test_condition_dropout_is_a_function_of_the_sample() -> None:
     assert abs(dropped.double().mean() - 0.1) < 0.02
     assert torch.equal(condition_dropout(0.1, seed=1, epoch=2, sample_ids=ids[1000:1010]), dropped[1000:1010])
     assert not torch.equal(condition_dropout(0.1, seed=1, epoch=3, sample_ids=ids), dropped)
+
+
+TRACED = """
+import torch
+from ardist.diffusion.counter_rng import normal
+from ardist.diffusion.fopp import sample_timesteps
+from ardist.diffusion.losses import condition_dropout, diffusion_loss, loss_by_timestep, min_snr_weights, per_frame_mse
+from ardist.diffusion.noise import NoiseSchedule
+
+schedule = NoiseSchedule.create()
+
+def objective(x0, sample_ids):
+    t = sample_timesteps({"fopp": 0.9, "independent": 0.1}, 5, 6, 1000, seed=1, epoch=2, sample_ids=sample_ids)
+    eps = normal(1, 2, sample_ids, 1, (6, 3, 4))
+    frames = per_frame_mse(0.5 * schedule.add_noise(x0, eps, t), schedule.target("v", x0, eps, t))
+    dropped = condition_dropout(0.1, seed=1, epoch=2, sample_ids=sample_ids)
+    loss = diffusion_loss(frames, timestep_weights=min_snr_weights(schedule, "v", t, 5.0))
+    return t, loss, dropped, *loss_by_timestep(frames, t, 1000, 10)
+
+x0, ids = torch.ones(5, 6, 3, 4), torch.tensor([3, 1, 4, -1, 5])
+traced = torch.compile(objective, fullgraph=True, backend="aot_eager")(x0, ids)
+for one, other in zip(traced, objective(x0, ids)):
+    assert torch.equal(one, other), (one, other)
+"""
+
+
+def test_the_whole_objective_is_one_graph() -> None:
+    """In a process of its own: the run-time shape checks of the tests are no part of the traced graph."""
+    subprocess.run([sys.executable, "-c", TRACED], check=True, timeout=200)
