@@ -21,8 +21,10 @@ from ardist.data.health import SampleHealth, Substitution
 from ardist.data.manifest import Manifest, load_manifest
 from ardist.data.order import Cursor, LaneOrder, Places, check_layout
 from ardist.data.pipeline import OrderedPipeline
+from ardist.data.read_ahead import ReadAhead
 from ardist.data.reader import SampleReader
-from ardist.data.source import ShardSource, missing_or_resized, open_source
+from ardist.data.remote_source import open_source
+from ardist.data.source import ShardSource, missing_or_resized
 from ardist.errors import ConfigError, DataError
 from ardist.events import events
 
@@ -89,6 +91,7 @@ class StreamingLoader:
         self._order_lock = threading.Lock()
         self._ahead = self._cursor.epoch, self._cursor.consumed
         self._pipeline: OrderedPipeline[_Step, RowBuffer] | None = None
+        self._read_ahead: ReadAhead | None = None
         self._process = os.getpid()
         self._closed = False
         self._started = time.perf_counter()
@@ -146,6 +149,12 @@ class StreamingLoader:
             self._reader.after_fork()
         self._order_lock = threading.Lock()
         self._ahead = self._cursor.epoch, self._cursor.consumed
+        # The lanes of a rank's slots: with G = k L places a step, lane l has the slots [l k, (l + 1) k).
+        per_lane = self.global_batch_size // self.config.lanes
+        lanes = range(self.rank * self.batch_size // per_lane, ((self.rank + 1) * self.batch_size - 1) // per_lane + 1)
+        self._read_ahead = ReadAhead(
+            self._order, lanes, self._reader.prepare, self.config.fetch_threads, self._order_lock
+        )
         pinned = torch.cuda.is_available()
         shape, dtype = self.manifest.shape, self.manifest.dtype
         buffers = [RowBuffer(self.batch_size, shape, dtype, pinned) for _ in range(self._buffer_count)]
@@ -159,6 +168,8 @@ class StreamingLoader:
         with self._order_lock:
             places = self._order.take(epoch, consumed, count, self.rank * size, (self.rank + 1) * size)
         self._ahead = epoch, consumed + count
+        if self._read_ahead is not None:
+            self._read_ahead.advance(epoch, (consumed + count - 1) // self.config.lanes)
         return _Step(epoch, consumed, places, places.positions // self._order.lane_length)
 
     def _fill(self, step: _Step, buffer: RowBuffer) -> None:
@@ -220,10 +231,13 @@ class StreamingLoader:
         return list(self._health.substitutions)
 
     def _stop(self) -> None:
-        if self._pipeline is not None and self._process == os.getpid():
-            self._waited += self._pipeline.wait_seconds
-            self._pipeline.close()
-        self._pipeline = None
+        if self._process == os.getpid():
+            if self._pipeline is not None:
+                self._waited += self._pipeline.wait_seconds
+                self._pipeline.close()
+            if self._read_ahead is not None:
+                self._read_ahead.close()
+        self._pipeline = self._read_ahead = None
 
     def close(self) -> None:
         """Stop the threads, close every file; safe to call twice."""

@@ -33,6 +33,14 @@ class Places(NamedTuple):
     rows: npt.NDArray[np.int64]
 
 
+class _Epoch(NamedTuple):
+    """What an epoch adds: the blocks in their order, where each one ends, and the rotation."""
+
+    order: npt.NDArray[np.int64]
+    ends: npt.NDArray[np.int64]
+    rotation: int
+
+
 def divisors(number: int) -> list[int]:
     """All divisors in increasing order."""
     small = [d for d in range(1, int(number**0.5) + 1) if number % d == 0]
@@ -91,9 +99,7 @@ class LaneOrder:
             )
         self.lane_length = self.num_samples // lanes
         self._block_shard, self._block_first, self._block_size = _cut_blocks(sizes, lanes, self.num_samples)
-        self._epoch = -1
-        self._block_order = self._block_end = np.empty(0, np.int64)
-        self._rotation = 0
+        self._epochs: OrderedDict[int, _Epoch] = OrderedDict()
         self._windows: OrderedDict[tuple[int, int, int, int], npt.NDArray[np.int64]] = OrderedDict()
 
     @property
@@ -105,22 +111,31 @@ class LaneOrder:
         """Whole global batches of one epoch."""
         return self.stream_length // global_batch_size
 
-    def _enter_epoch(self, epoch: int) -> None:
-        if epoch == self._epoch:
-            return
-        self._block_order = permutation(derive_key(Domain.BLOCKS, self.seed, epoch), len(self._block_size))
-        self._block_end = np.cumsum(self._block_size[self._block_order])
-        self._rotation = below(derive_key(Domain.ROTATION, self.seed, epoch), self.num_samples)
-        self._epoch = epoch
+    def _epoch(self, epoch: int) -> _Epoch:
+        found = self._epochs.get(epoch)
+        if found is None:
+            order = permutation(derive_key(Domain.BLOCKS, self.seed, epoch), len(self._block_size))
+            rotation = below(derive_key(Domain.ROTATION, self.seed, epoch), self.num_samples)
+            found = self._epochs[epoch] = _Epoch(order, np.cumsum(self._block_size[order]), rotation)
+            # Two, because reading ahead begins the next epoch while this one is being served.
+            while len(self._epochs) > 2:
+                self._epochs.popitem(last=False)
+        return found
 
     def locate(self, epoch: int, positions: npt.NDArray[np.int64]) -> Places:
         """The samples at these positions [0, N) of an epoch, before the shuffling inside the windows."""
-        self._enter_epoch(epoch)
-        turned = (positions + self._rotation) % self.num_samples
-        slot = np.searchsorted(self._block_end, turned, side="right")
-        block = self._block_order[slot]
-        row = self._block_first[block] + turned - (self._block_end[slot] - self._block_size[block])
+        order, ends, rotation = self._epoch(epoch)
+        turned = (positions + rotation) % self.num_samples
+        slot = np.searchsorted(ends, turned, side="right")
+        block = order[slot]
+        row = self._block_first[block] + turned - (ends[slot] - self._block_size[block])
         return Places(positions, self._block_shard[block], row)
+
+    def window_places(self, epoch: int, window: int, lanes: range) -> Places:
+        """The samples of window number `window` of some lanes, unshuffled; none beyond the end of the lanes."""
+        inside = np.arange(window * self.window, min((window + 1) * self.window, self.lane_length), dtype=np.int64)
+        starts = np.array(lanes, np.int64) * self.lane_length
+        return self.locate(epoch, (starts[:, None] + inside[None, :]).reshape(-1))
 
     def take(self, epoch: int, consumed: int, count: int, start: int = 0, stop: int | None = None) -> Places:
         """Slots [start, stop) of the batch of `count` places of the stream that follows the first `consumed` ones.

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
-from typing import Generic, TypeVar
+from typing import Final, Generic, TypeVar
+
+_log = logging.getLogger("ardist.data")
+_SAY_SO_AFTER: Final = 30.0
 
 Plan = TypeVar("Plan")
 Buffer = TypeVar("Buffer")
@@ -78,7 +82,8 @@ class OrderedPipeline(Generic[Plan, Buffer]):
             while self._taken not in self._done:
                 if self._stopping:
                     raise RuntimeError("the pipeline is closed")
-                self._changed.wait()
+                if not self._changed.wait(_SAY_SO_AFTER):
+                    _log.warning("waiting for data for %.0f s", time.perf_counter() - before)
             self.wait_seconds += time.perf_counter() - before
             plan, buffer, failure = self._done.pop(self._taken)
             self._taken += 1

@@ -20,7 +20,7 @@ import tarfile
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, BinaryIO, Final
 
 import numpy as np
 import numpy.typing as npt
@@ -66,20 +66,20 @@ class TarIndex:
     @classmethod
     def open(
         cls,
-        source: str | os.PathLike[str] | bytes,
+        source: str | os.PathLike[str] | bytes | memoryview,
         *,
         name: str = "",
         tar_size: int | None = None,
         tar_sha256: str | None = None,
         n: int | None = None,
     ) -> TarIndex:
-        """Memory-map an index file, or read one from bytes, and check it against what the manifest says.
+        """Memory-map an index file, or take its bytes, and check it against what the manifest says.
 
         `name` is the shard's name for messages. Raises `ShardError` (reason ``index`` or ``missing``).
         """
-        shown = name or (str(source) if not isinstance(source, bytes) else "index")
+        shown = name or (str(source) if isinstance(source, str | os.PathLike) else "index")
         try:
-            data = np.frombuffer(source, np.uint8) if isinstance(source, bytes) else _map(Path(source))
+            data = _map(Path(source)) if isinstance(source, str | os.PathLike) else np.frombuffer(source, np.uint8)
         except OSError as error:
             raise ShardError(shown, "missing", f"its index cannot be read: {error.strerror}") from None
         if len(data) < HEADER.itemsize:
@@ -146,47 +146,58 @@ def write_index(path: str | os.PathLike[str], records: Records, tar_size: int, t
 
 
 def build_index(
-    path: str | os.PathLike[str], *, shape: tuple[int, ...] | None = None, dtype: SampleDtype | None = None
+    source: str | os.PathLike[str] | BinaryIO,
+    *,
+    name: str = "",
+    shape: tuple[int, ...] | None = None,
+    dtype: SampleDtype | None = None,
 ) -> TarIndex:
-    """Index a tar of ours by reading all of it; refuses whatever a trainer must not meet.
+    """Index a tar of ours (a path or an open file) by reading all of it; refuses whatever a trainer must not meet.
 
     Checked: regular members only, names ``<16 hex>.npy|json``, both members of a sample side by side, no key twice,
     the npy header (against `shape` and `dtype` when given), the json's fields, and that the tar ends as a tar ends
-    (zero blocks and nothing after them), so that a tar cut between two samples is noticed. Raises `ShardError`.
+    (zero blocks and nothing after them), so that a tar cut between two samples is noticed. Raises `ShardError`, which
+    calls the shard `name`.
     """
-    file = Path(path)
-    name = file.name
+    if not isinstance(source, str | os.PathLike):
+        return _build(source, name or "shard", shape, dtype)
+    shown = name or Path(source).name
+    try:
+        with Path(source).open("rb") as raw:
+            return _build(raw, shown, shape, dtype)
+    except OSError as error:
+        raise ShardError(shown, "missing", f"cannot be read: {error.strerror or error}") from None
+
+
+def _build(raw: BinaryIO, name: str, shape: tuple[int, ...] | None, dtype: SampleDtype | None) -> TarIndex:
     rows: list[tuple[int, int, int, int, int]] = []
     seen: set[str] = set()
     pending: dict[str, tarfile.TarInfo] = {}
-    pending_key = ""
+    pending_key, end = "", 0
+    raw.seek(0)
+    size = os.fstat(raw.fileno()).st_size
+    sha256 = hashlib.file_digest(raw, "sha256").hexdigest()  # type: ignore[arg-type]
+    raw.seek(0)
     try:
-        with file.open("rb") as raw:
-            size = os.fstat(raw.fileno()).st_size
-            sha256 = hashlib.file_digest(raw, "sha256").hexdigest()
-            raw.seek(0)
-            end = 0
-            with tarfile.open(fileobj=raw, mode="r:") as tar:
-                for member in tar:
-                    key, kind = _member_name(member, name)
-                    if pending and key != pending_key:
-                        raise _incomplete(name, pending_key, pending)
-                    if key in seen or kind in pending:
-                        raise ShardError(name, "order", f"{member.name} stands in the tar twice", member.offset, key)
-                    pending_key, pending[kind] = key, member
-                    end = member.offset_data + (member.size + 511) // 512 * 512
-                    if len(pending) == 2:
-                        rows.append(_record(raw, name, key, pending, shape, dtype))
-                        seen.add(key)
-                        pending = {}
-            if pending:
-                raise _incomplete(name, pending_key, pending)
-            _check_tail(raw, name, end, size)
+        with tarfile.open(fileobj=raw, mode="r:") as tar:
+            for member in tar:
+                key, kind = _member_name(member, name)
+                if pending and key != pending_key:
+                    raise _incomplete(name, pending_key, pending)
+                if key in seen or kind in pending:
+                    raise ShardError(name, "order", f"{member.name} stands in the tar twice", member.offset, key)
+                pending_key, pending[kind] = key, member
+                end = member.offset_data + (member.size + 511) // 512 * 512
+                if len(pending) == 2:
+                    rows.append(_record(raw, name, key, pending, shape, dtype))
+                    seen.add(key)
+                    pending = {}
     except tarfile.TarError as error:
-        cut = file.stat().st_size == 0 or "unexpected end" in str(error)
+        cut = size == 0 or "unexpected end" in str(error)
         raise ShardError(name, "length" if cut else "member", f"not a readable tar: {error}") from None
-    except OSError as error:
-        raise ShardError(name, "missing", f"cannot be read: {error.strerror or error}") from None
+    if pending:
+        raise _incomplete(name, pending_key, pending)
+    _check_tail(raw, name, end, size)
     return TarIndex(np.array(rows, RECORD), size, sha256)
 
 
@@ -206,7 +217,7 @@ def _incomplete(shard: str, key: str, members: dict[str, tarfile.TarInfo]) -> Sh
 
 
 def _record(
-    raw: Any,
+    raw: BinaryIO,
     shard: str,
     key: str,
     members: dict[str, tarfile.TarInfo],
@@ -229,9 +240,9 @@ def _record(
     return (array.offset_data, len(data), -1 if label is None else label, xxhash.xxh3_64_intdigest(data), int(key, 16))
 
 
-def _read(raw: Any, shard: str, member: tarfile.TarInfo) -> bytes:
+def _read(raw: BinaryIO, shard: str, member: tarfile.TarInfo) -> bytes:
     raw.seek(member.offset_data)
-    data: bytes = raw.read(member.size)
+    data = raw.read(member.size)
     if len(data) != member.size:
         raise ShardError(
             shard, "length", f"{member.name} is cut after {len(data)} of {member.size} bytes", member.offset_data
@@ -239,7 +250,7 @@ def _read(raw: Any, shard: str, member: tarfile.TarInfo) -> bytes:
     return data
 
 
-def _check_tail(raw: Any, shard: str, end: int, size: int) -> None:
+def _check_tail(raw: BinaryIO, shard: str, end: int, size: int) -> None:
     raw.seek(end)
     tail = raw.read(size - end) if size > end else b""
     if len(tail) < 1024 or tail.count(0) != len(tail):

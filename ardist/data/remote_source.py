@@ -1,0 +1,165 @@
+"""Shards in an object store, fetched in large pieces into the local cache."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Final
+
+from ardist.config.data import DataConfig
+from ardist.data.cache import DiskCache, default_cache_dir
+from ardist.data.errors import ShardError
+from ardist.data.manifest import Manifest
+from ardist.data.source import IndexBytes, LocalSource, ShardSource, index_size, read_or_map
+from ardist.events import events
+from ardist.storage import ChangedObjectError, MissingObjectError, Storage, is_remote, open_storage
+
+PART_BYTES: Final = 32 * 2**20
+"""A shard of up to twice this is fetched whole; a longer one in parts of about this size, and only those needed."""
+
+_LOOKUPS: Final = 16
+_LOOK_UP_EACH: Final = 1000
+
+
+class RemoteSource(ShardSource):
+    """Shards of an object store. Whole shards must have their sha256, parts are checked sample by sample."""
+
+    def __init__(self, storage: Storage, manifest: Manifest, cache: DiskCache) -> None:
+        super().__init__(storage, manifest)
+        self._cache = cache
+        self._versions: dict[int, str] = {}
+        self._lock = threading.Lock()
+        self.bytes_fetched = 0
+
+    def parts(self, shard: int) -> int:
+        entry = self.manifest.shards[shard]
+        return 1 if entry.bytes <= 2 * PART_BYTES else min(entry.n, -(-entry.bytes // PART_BYTES))
+
+    def index(self, shard: int) -> IndexBytes:
+        entry = self.manifest.shards[shard]
+
+        def fill(path: Path) -> None:
+            data = self.storage.read(entry.index_name)
+            self._fetched(len(data))
+            if hashlib.sha256(data).hexdigest() != entry.index_sha256:
+                raise ShardError(entry.name, "index", "its index has another sha256 than the manifest says")
+            path.write_bytes(data)
+
+        data = read_or_map(self._cache.open(entry.index_sha256, index_size(entry), fill))
+        if hashlib.sha256(data).hexdigest() == entry.index_sha256:
+            return data
+        self._cache.discard(entry.index_sha256, "damaged")
+        data = self.storage.read(entry.index_name)
+        self._fetched(len(data))
+        return data
+
+    def open(self, shard: int, start: int, stop: int) -> tuple[int, int]:
+        entry = self.manifest.shards[shard]
+        whole = (start, stop) == (0, entry.bytes)
+
+        def fill(path: Path) -> None:
+            for attempt in (1, 2):
+                try:
+                    return self._download(shard, path) if whole else self._download_part(shard, start, stop, path)
+                except ShardError as error:
+                    if attempt == 2 or error.reason == "missing":
+                        raise
+                    events.count("loader.shard_fetched_again", shard=entry.name, reason=error.detail)
+
+        return self._cache.open(self._name(shard, start, stop), stop - start, fill), start
+
+    def discard(self, shard: int, start: int, stop: int, reason: str) -> bool:
+        self._cache.discard(self._name(shard, start, stop), reason)
+        return True
+
+    def _name(self, shard: int, start: int, stop: int) -> str:
+        return f"{self.manifest.shards[shard].sha256}-{start}-{stop}"
+
+    def _download(self, shard: int, path: Path) -> None:
+        entry = self.manifest.shards[shard]
+        try:
+            size = self.storage.size(entry.name)
+            if size != entry.bytes:
+                raise ShardError(entry.name, "length", f"is {size} bytes long, the manifest says {entry.bytes}")
+            digest = self.storage.download(entry.name, path)
+        except MissingObjectError:
+            raise ShardError(entry.name, "missing", "the object is missing") from None
+        except ChangedObjectError as error:
+            raise ShardError(entry.name, "checksum", str(error)) from None
+        self._fetched(entry.bytes)
+        if digest != entry.sha256:
+            raise ShardError(entry.name, "checksum", f"has sha256 {digest[:16]}…, not {entry.sha256[:16]}…")
+
+    def _download_part(self, shard: int, start: int, stop: int, path: Path) -> None:
+        entry = self.manifest.shards[shard]
+        try:
+            data = self.storage.read(entry.name, start, stop - start, self._version(shard))
+        except MissingObjectError:
+            raise ShardError(entry.name, "missing", "the object is missing") from None
+        except ChangedObjectError as error:
+            with self._lock:
+                self._versions.pop(shard, None)
+            raise ShardError(entry.name, "checksum", str(error), start) from None
+        self._fetched(len(data))
+        if len(data) != stop - start:
+            raise ShardError(entry.name, "length", f"ends after {len(data)} of {stop - start} bytes", start)
+        path.write_bytes(data)
+
+    def _version(self, shard: int) -> str:
+        """The version of a shard when it was first read: no later read may mix in another."""
+        with self._lock:
+            known = self._versions.get(shard)
+        if known is None:
+            entry = self.manifest.shards[shard]
+            info = self.storage.stat(entry.name)
+            if info.size != entry.bytes:
+                raise ShardError(entry.name, "length", f"is {info.size} bytes long, the manifest says {entry.bytes}")
+            known = info.version
+            with self._lock:
+                self._versions[shard] = known
+        return known
+
+    def _fetched(self, count: int) -> None:
+        with self._lock:
+            self.bytes_fetched += count
+
+    def sizes(self) -> Iterator[tuple[str, int, int | None]]:
+        expected = dict(self.expected_sizes())
+        if len(expected) > _LOOK_UP_EACH:
+            # Many objects are listed by the thousand; what a listing lacks is looked up before it is called missing.
+            prefix = os.path.commonprefix(list(expected))  # noqa: RUF071 - a prefix of names, not a folder
+            listed = {info.name: info.size for info in self.storage.walk(prefix)}
+            rest = [name for name, size in expected.items() if listed.get(name) != size]
+            yield from ((name, size, size) for name, size in expected.items() if listed.get(name) == size)
+        else:
+            rest = list(expected)
+        with ThreadPoolExecutor(_LOOKUPS, thread_name_prefix="ardist-sizes") as pool:
+            for name, found in zip(rest, pool.map(self._size, rest), strict=True):
+                yield name, expected[name], found
+
+    def _size(self, name: str) -> int | None:
+        try:
+            return self.storage.size(name)
+        except MissingObjectError:
+            return None
+
+    def metrics(self) -> dict[str, float]:
+        return {
+            "cache_hits": float(self._cache.hits),
+            "cache_misses": float(self._cache.misses),
+            "cache_evicted": float(self._cache.evicted),
+            "bytes_fetched": float(self.bytes_fetched),
+        }
+
+
+def open_source(config: DataConfig, manifest: Manifest) -> ShardSource:
+    """Where the shards of `config.path` are read from: in place on this machine, else through the cache."""
+    storage = open_storage(config.path)
+    if not is_remote(config.path):
+        return LocalSource(storage, manifest)
+    directory = Path(config.cache_dir).expanduser() if config.cache_dir else default_cache_dir()
+    return RemoteSource(storage, manifest, DiskCache(directory, config.cache_bytes))
