@@ -136,6 +136,7 @@ for one, other in zip(traced, objective(x0, ids)):
 """
 
 
+@pytest.mark.slow
 def test_the_whole_objective_is_one_graph() -> None:
     """In a process of its own: the run-time shape checks of the tests are no part of the traced graph."""
     subprocess.run([sys.executable, "-c", TRACED], check=True, timeout=200)
