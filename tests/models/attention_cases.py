@@ -86,9 +86,10 @@ def tensors(
 
 def exact(q: Tensor, k: Tensor, v: Tensor, grad: Tensor, layout: AttentionLayout) -> list[Tensor]:
     """Output and gradients of masked softmax attention in fp64, from the literal mask and nothing of the product."""
-    q, k, v = (x.detach().double().requires_grad_() for x in (q, k, v))
-    mask = torch.tensor(literal_mask(layout)).to(q.device)
-    scores = torch.einsum("bhnd,bhmd->bhnm", q, k) / q.shape[-1] ** 0.5
-    weights = torch.where(mask, scores, -torch.inf).softmax(-1)
-    out = torch.einsum("bhnm,bhmd->bhnd", weights, v)
-    return [out.detach(), *torch.autograd.grad(out, (q, k, v), grad.double())]
+    with torch.enable_grad():
+        q, k, v = (x.detach().double().requires_grad_() for x in (q, k, v))
+        mask = torch.tensor(literal_mask(layout)).to(q.device)
+        scores = torch.einsum("bhnd,bhmd->bhnm", q, k) / q.shape[-1] ** 0.5
+        weights = torch.where(mask, scores, -torch.inf).softmax(-1)
+        out = torch.einsum("bhnm,bhmd->bhnd", weights, v)
+        return [out.detach(), *torch.autograd.grad(out, (q, k, v), grad.double())]

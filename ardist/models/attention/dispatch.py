@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import functools
+import operator
 import shutil
 from collections.abc import Callable
 from importlib.util import find_spec
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -55,22 +57,23 @@ def attention(
     if not q.dtype == k.dtype == v.dtype:
         raise InvalidValueError(f"q, k, v have dtypes {q.dtype}, {k.dtype}, {v.dtype}; legal: one dtype for all three")
     tracked = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
-    name = _resolve(backend, q.device.type, q.dtype, q.shape[-1], tracked)
+    name = _resolve(backend, q.device.type, q.dtype, operator.index(q.shape[-1]), tracked, *layout.key())
     return _ATTEND[name](q, k, v, layout)
 
 
 def resolve_backend(name: str, layout: AttentionLayout, q: Float[Tensor, "b h n d"]) -> str:
     """The backend that `name` stands for with such queries: `name` itself, or the choice of ``auto``.
 
-    ``auto`` on CPU is ``sdpa``: measured there as the fastest one at every shape. On CUDA it is ``flash`` in half
-    precision where a kernel works, because it scores no forbidden pair and needs a fixed number of calls; else
-    ``sdpa``. The CUDA half of the rule follows from the number of scored pairs and has not been timed:
-    ``benchmarks/attention.py`` does that.
+    ``auto`` is ``flash`` on CUDA in half precision, where a kernel works and the layout forbids anything at all,
+    because it scores no forbidden pair in a fixed number of calls; everywhere else it is ``sdpa``. On CPU that is
+    measured: ``sdpa`` is the fastest at every shape of ``benchmarks/attention.py``. On CUDA it is reasoned from the
+    number of scored pairs and calls, not timed.
 
     Raises:
         InvalidValueError: the name is unknown, or the backend cannot serve these queries; legal names are given.
     """
-    return _resolve(name, q.device.type, q.dtype, q.shape[-1], torch.is_grad_enabled() and q.requires_grad)
+    tracked = torch.is_grad_enabled() and q.requires_grad
+    return _resolve(name, q.device.type, q.dtype, q.shape[-1], tracked, *layout.key())
 
 
 def available_backends(
@@ -88,13 +91,14 @@ def available_backends(
 
 
 @trace_time_constant
-def _resolve(name: str, device_type: str, dtype: torch.dtype, head_dim: int, tracked: bool) -> str:
+def _resolve(name: str, device_type: str, dtype: torch.dtype, head_dim: int, tracked: bool, *key: Any) -> str:
     choose("attention backend", name, BACKENDS)
     if name == "auto":
+        layout = AttentionLayout.from_key(key)
+        masked = layout.num_pairs() < layout.num_queries * layout.num_keys
         half = dtype in (torch.float16, torch.bfloat16)
-        if device_type == "cuda" and half and _problem("flash", device_type, dtype, head_dim, tracked) is None:
-            return "flash"
-        return "sdpa"
+        suits_flash = masked and half and device_type == "cuda"
+        return "flash" if suits_flash and flash.none_works(device_type, dtype, head_dim) is None else "sdpa"
     problem = _problem(name, device_type, dtype, head_dim, tracked)
     if problem is not None:
         able = [other for other in _ATTEND if _problem(other, device_type, dtype, head_dim, tracked) is None]

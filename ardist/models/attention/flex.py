@@ -13,8 +13,10 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch._dynamo.exc import FailOnRecompileLimitHit
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
+from ardist.errors import InvalidValueError
 from ardist.models.attention.layout import AttentionLayout
 from ardist.models.attention.tracing import trace_time_constant
 
@@ -25,14 +27,24 @@ COMPILED_LAYOUTS = 64
 def attend(
     q: Float[Tensor, "b h n d"], k: Float[Tensor, "b h m d"], v: Float[Tensor, "b h m d"], layout: AttentionLayout
 ) -> Float[Tensor, "b h n d"]:
-    """Attention through FlexAttention, compiled here unless a compiler is already tracing."""
+    """Attention through FlexAttention, compiled here unless a compiler is already tracing.
+
+    Raises:
+        InvalidValueError: more layouts and shapes were compiled than the compiler allows.
+    """
     if torch.compiler.is_compiling():
         out: Tensor = flex_attention(q, k, v, block_mask=_assemble(layout, _constant_tables(q.device, *layout.key())))
         return out
     if not torch.is_grad_enabled():
         # On CPU the kernel refuses tensors that merely could require a gradient.
         q, k, v = q.detach(), k.detach(), v.detach()
-    out = _compiled()(q, k, v, block_mask=block_mask(layout.relative(), q.device))
+    try:
+        out = _compiled()(q, k, v, block_mask=block_mask(layout.relative(), q.device))
+    except FailOnRecompileLimitHit as problem:
+        raise InvalidValueError(
+            "FlexAttention is compiled anew for each layout and shape, and the compiler's limit on that is reached; "
+            "legal attention backends for many layouts: auto, sdpa, flash"
+        ) from problem
     return out
 
 
