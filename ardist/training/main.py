@@ -40,11 +40,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_intermixed_args(arguments)
     if options.local_rank is not None:
         os.environ.setdefault("LOCAL_RANK", str(options.local_rank))
-    faulthandler.enable()
-    die_with_parent()
-    watch_launcher()
-    # DeepSpeed calls functions that this torch names otherwise; once per rank and kind is once too often.
-    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     log.configure(level=logging.DEBUG if options.debug else logging.INFO)
     try:
         config = load_config(TrainConfig, options.config, options.overrides)
@@ -65,6 +60,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
 
 
+def prepare_process() -> None:
+    """What only a process of its own needs: traces of native crashes, an end when the launcher ends."""
+    faulthandler.enable()
+    die_with_parent()
+    watch_launcher()
+    # DeepSpeed calls functions that this torch names otherwise; once per rank and kind is once too often.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+
+
 def die_with_parent() -> None:
     """Have the kernel send SIGTERM when the launcher dies, so that no orphan goes on training alone (Linux)."""
     if sys.platform == "linux" and "WORLD_SIZE" in os.environ:
@@ -82,7 +86,8 @@ def watch_launcher() -> None:
         while True:
             time.sleep(WATCH_SECONDS)
             try:
-                alive = psutil.Process(int(pid)).create_time() == float(created)
+                launcher = psutil.Process(int(pid))
+                alive = launcher.create_time() == float(created) and launcher.status() != psutil.STATUS_ZOMBIE
             except psutil.NoSuchProcess:
                 alive = False
             if not alive:
@@ -99,4 +104,5 @@ def _show(error: BaseException, message: str, debug: bool) -> None:
 
 
 if __name__ == "__main__":
+    prepare_process()
     distributed.leave(main())

@@ -1,0 +1,175 @@
+"""What cannot start is refused with one message that lists every problem, before any process group exists."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny import settings, tiny_config, write_latents, write_pixels
+
+from ardist.config import TrainConfig, check
+from ardist.errors import ArdistError, ConfigError, DataError
+from ardist.training import commit as commits
+from ardist.training.commit import Commit
+from ardist.training.main import main
+from ardist.training.preflight import check_run
+from ardist.training.trainer import train
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_latents(tmp_path_factory.mktemp("latents"), samples=16)
+
+
+@pytest.fixture(scope="module")
+def pixels(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_pixels(tmp_path_factory.mktemp("pixels"), samples=8)
+
+
+def problems(config: TrainConfig, ranks: int, monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.setenv("WORLD_SIZE", str(ranks))
+    monkeypatch.setenv("RANK", "0")
+    with pytest.raises(ArdistError) as caught:
+        train(config)
+    assert not torch.distributed.is_initialized()
+    return f"{type(caught.value).__name__}: {caught.value}"
+
+
+@pytest.mark.parametrize(
+    ("changes", "ranks", "wanted"),
+    [
+        ({}, 3, ["global_batch_size=8 cannot be split over 3 ranks; legal numbers of ranks: [1, 2, 4, 8]"]),
+        ({"denoiser__tokens_per_frame": 5}, 1, ["latents of 3 tokens x 4 channels", "tokens_per_frame=5"]),
+        ({"denoiser__num_classes": 3}, 1, ["no class labels"]),
+        ({"denoiser__positions": "sincos", "denoiser__max_frames": 2}, 1, ["clips of 4 frames", "max_frames is 2"]),
+        ({"training__precision": "fp16"}, 1, ["fp16 needs a GPU; legal on a CPU: bf16, fp32"]),
+        ({"deepspeed__train_batch_size": 3}, 1, ["derived from training.global_batch_size"]),
+        ({"data__path": "/nowhere"}, 1, ["DataError", "/nowhere"]),
+        ({"validation__path": "/nowhere"}, 1, ["DataError", "/nowhere"]),
+        ({"init_from": "/nowhere"}, 1, ["init_from: '/nowhere' is not a directory"]),
+        ({"training__global_batch_size": 64}, 1, ["data: ", "16"]),
+    ],
+)
+def test_each_problem_is_named(
+    tmp_path: Path,
+    data: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    changes: dict[str, Any],
+    ranks: int,
+    wanted: list[str],
+) -> None:
+    if torch.cuda.is_available() and "fp16" in changes.values():
+        pytest.skip("this machine has a GPU, where fp16 is legal")
+    message = problems(tiny_config(tmp_path / "run", data, **changes), ranks, monkeypatch)
+    for text in wanted:
+        assert text in message
+    assert not (tmp_path / "run").exists(), "nothing is created for a run that cannot start"
+
+
+def test_all_problems_come_in_one_message(tmp_path: Path, data: Path, pixels: Path, monkeypatch: Any) -> None:
+    changes: dict[str, Any] = {
+        "denoiser__latent_channels": 8,
+        "validation__path": str(pixels),
+        "deepspeed__optimizer": {},
+        "init_from": "/nowhere",
+    }
+    message = problems(tiny_config(tmp_path, data, **changes), 3, monkeypatch)
+    assert message.startswith("ConfigError: this run cannot start, 6 problems:")
+    for text in ("3 ranks", "latent_channels=8", "holds pixels", "samples of", "deepspeed.optimizer", "init_from"):
+        assert text in message
+
+
+@pytest.mark.parametrize(
+    ("changes", "text"),
+    [
+        ({"training__zero_stage": 3, "training__guard": "device"}, "ZeRO-3 always checks by itself"),
+        ({"training__zero_stage": 0, "training__offload": "optimizer"}, "needs zero_stage 1, 2 or 3"),
+        ({"training__offload": "parameters"}, "offload: parameters needs zero_stage 3"),
+        ({"optimizer__schedule": "wsd"}, "decay_steps of 1 or more"),
+        ({"optimizer__schedule": "constant", "optimizer__decay_steps": 3}, "0 with the others"),
+        ({"training__zero_stge": 1}, "did you mean 'zero_stage'"),
+        ({"training__steps": "many"}, "training.steps"),
+    ],
+)
+def test_settings_that_contradict_each_other(tmp_path: Path, changes: dict[str, Any], text: str) -> None:
+    with pytest.raises(ConfigError, match="(?s).*" + text.replace("(", r"\(")):
+        check(TrainConfig, settings(tmp_path, tmp_path, **changes), "test")
+
+
+def write_checkpoint(run_dir: Path, config: TrainConfig, **changes: Any) -> None:
+    directory = run_dir / "checkpoints" / "step-00000005"
+    directory.mkdir(parents=True)
+    values: dict[str, Any] = {
+        "step": 5,
+        "created": "",
+        "world_size": 1,
+        "zero_stage": 1,
+        "precision": "fp32",
+        "parts": (),
+        "shapes": {},
+        "kinds": (),
+        "adam_steps": {},
+        "ema_decays": config.training.ema_decays,
+        "ema_updates": 0,
+        "config": config.model_dump(mode="json"),
+        "config_digest": config.digest(),
+        "manifest_digest": None,
+        "state": {},
+        "versions": {},
+    }
+    commits.write_commit(directory, Commit(**{**values, **changes}))
+
+
+@pytest.mark.parametrize(
+    ("changes", "text"),
+    [
+        ({"denoiser__depth": 3}, "denoiser: .*step 5.*depth 2 -> 3"),
+        ({"diffusion__target": "v"}, "diffusion.target: .*'x0' -> 'v'"),
+        ({"training__ema_decays": [0.9, 0.99]}, r"\[0.9\] has no \[0.99\]"),
+    ],
+)
+def test_the_checkpoint_of_another_run_is_refused(
+    tmp_path: Path, data: Path, changes: dict[str, Any], text: str
+) -> None:
+    config = tiny_config(tmp_path, data)
+    write_checkpoint(tmp_path, config)
+    check_run(config, 1, tmp_path / "checkpoints")
+    check_run(tiny_config(tmp_path, data, optimizer__lr=1.0), 1, tmp_path / "checkpoints")
+    with pytest.raises(ConfigError, match=text):
+        check_run(tiny_config(tmp_path, data, **changes), 1, tmp_path / "checkpoints")
+
+
+def test_a_commit_of_another_version_or_with_a_flipped_digit_is_refused(tmp_path: Path, data: Path) -> None:
+    write_checkpoint(tmp_path, tiny_config(tmp_path, data))
+    directory = tmp_path / "checkpoints" / "step-00000005"
+    body = json.loads((directory / commits.COMMIT).read_text())
+    for change, text in (
+        ({"version": 9}, "format version 9; this release reads version 1"),
+        ({"ema_updates": 1}, "its digest does not match"),
+        ({"format": "other"}, "is not a commit"),
+    ):
+        (directory / commits.COMMIT).write_text(json.dumps({**body, **change}))
+        with pytest.raises(DataError, match=text):
+            commits.read_commit(directory)
+
+
+def test_the_rank_program_returns_the_exit_code_of_the_error(
+    tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    path = tmp_path / "config.yaml"
+    path.write_text(json.dumps(settings(tmp_path / "run", data)))
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    assert main([str(path), "training.stepz=3", "--local_rank=0"]) == 2
+    assert "did you mean 'steps'" in capsys.readouterr().err
+    assert main([str(path), "data.path=/nowhere"]) == 3
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    capsys.readouterr()
+    assert main([str(path), "training.stepz=3"]) == 2
+    assert capsys.readouterr().err == "", "one message per machine is enough"
+    assert "RANK" not in os.environ

@@ -1,0 +1,121 @@
+"""Throughput, run directories, the window of a log point, the launcher's command line, DeepSpeed's settings."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import tiny_config
+
+from ardist.training import launch
+from ardist.training.callbacks.metrics import console_line
+from ardist.training.distributed import World, environment
+from ardist.training.ema import warmed_decay
+from ardist.training.engine import deepspeed_settings
+from ardist.training.run_dir import append_line
+from ardist.training.throughput import Throughput, peak_flops
+from ardist.training.window import Window
+
+
+def test_peaks_are_known_or_not_but_never_guessed() -> None:
+    assert peak_flops("NVIDIA H100 80GB HBM3", "bf16") == 989.4e12
+    assert peak_flops("NVIDIA H100 PCIe", "bf16") == 756e12
+    assert peak_flops("NVIDIA A100-SXM4-40GB", "fp32") == 19.5e12
+    assert peak_flops("Tesla T4", "bf16") is None
+    assert peak_flops("CPU", "bf16") is None
+    assert peak_flops("NVIDIA Something New", "bf16") is None
+
+
+def test_rates() -> None:
+    rates = Throughput(global_batch_size=8, tokens_per_clip=512, flops_per_clip=1e12, world_size=2, peak=1e13).rates(
+        10, 4
+    )
+    assert rates == {
+        "step_seconds": 0.4,
+        "clips_per_second": 20.0,
+        "tokens_per_second": 10240.0,
+        "tflops": 20.0,
+        "mfu": 1.0,
+    }
+    unknown = Throughput(global_batch_size=8, tokens_per_clip=512, flops_per_clip=None, world_size=2, peak=None)
+    assert unknown.rates(10, 4)["mfu"] is None
+    line = console_line({"step": 3, "loss": 0.25, **unknown.rates(10, 4)}, 9)
+    assert "step 3/9 · loss 0.2500 · grad n/a" in line
+    assert "MFU n/a" in line
+
+
+def test_a_line_left_unfinished_by_a_killed_run_does_not_swallow_the_next(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    append_line(path, {"step": 1})
+    with open(path, "a", encoding="utf-8") as file:
+        file.write('{"step": 2, "lo')
+    append_line(path, {"step": 3})
+    lines = path.read_text().splitlines()
+    assert [json.loads(lines[0]), json.loads(lines[2])] == [{"step": 1}, {"step": 3}]
+
+
+def test_window_means_over_micro_batches() -> None:
+    window = Window()
+    for value in (1.0, 2.0, 6.0):
+        window.add(torch.tensor(value), {"per_frame": torch.tensor([value, 0.0])})
+    assert window.means(World(0, 1, torch.device("cpu"))) == {"loss": 3.0, "per_frame": [3.0, 0.0]}
+
+
+def test_ema_decay_warms_up() -> None:
+    assert [warmed_decay(0.999, n) for n in (0, 1, 90)] == [0.1, 2 / 11, 0.91]
+    assert warmed_decay(0.999, 10**6) == 0.999
+
+
+def test_every_deepspeed_setting_comes_from_ours(tmp_path: Path) -> None:
+    config = tiny_config(
+        tmp_path,
+        tmp_path,
+        training__precision="bf16",
+        training__zero_stage=2,
+        training__guard="device",
+        deepspeed__zero_optimization={"reduce_bucket_size": 7},
+        deepspeed__wall_clock_breakdown=True,
+    )
+    settings = deepspeed_settings(config, 2, cuda=True)
+    assert settings["train_batch_size"] == 8
+    assert settings["train_micro_batch_size_per_gpu"] * settings["gradient_accumulation_steps"] * 2 == 8
+    assert settings["bf16"] == {"enabled": True, "check_grad_overflow": False}
+    assert settings["gradient_clipping"] == 0.0, "the guard clips"
+    assert settings["zero_optimization"]["reduce_bucket_size"] == 7
+    assert settings["zero_optimization"]["stage"] == 2
+    assert settings["zero_optimization"]["compute_grad_norm"] is False
+    assert settings["wall_clock_breakdown"] is True
+    plain = deepspeed_settings(tiny_config(tmp_path, tmp_path), 2, cuda=False)
+    assert plain["gradient_clipping"] == 1.0
+
+
+def test_the_launcher_gets_words_not_a_line() -> None:
+    options = launch.parser().parse_intermixed_args(
+        ["--ranks", "2", "my config.yaml", "data.path=s3://a b/'c'", "training.steps=3", "--debug"]
+    )
+    words = launch.command(options)
+    where = words.index("--module")
+    assert words[where + 1 :] == [
+        launch.MODULE,
+        "my config.yaml",
+        "data.path=s3://a b/'c'",
+        "training.steps=3",
+        "--debug",
+    ]
+    assert words[words.index("--num_gpus") + 1] == "2"
+    multi = launch.command(
+        launch.parser().parse_intermixed_args(["--hostfile", "hosts", "--no-ssh", "--node-rank", "1", "c.yaml"])
+    )
+    assert multi[multi.index("--hostfile") + 1] == "hosts"
+    assert multi[multi.index("--node_rank") + 1] == "1"
+    assert "--num_gpus" not in multi
+
+
+@pytest.mark.parametrize("values", [("3", "2"), ("x", "2"), ("-1", "2")])
+def test_impossible_ranks_are_refused(monkeypatch: pytest.MonkeyPatch, values: tuple[str, str]) -> None:
+    monkeypatch.setenv("RANK", values[0])
+    monkeypatch.setenv("WORLD_SIZE", values[1])
+    with pytest.raises(ValueError, match="RANK"):
+        environment()

@@ -1,0 +1,89 @@
+"""Trackers can be absent, broken, slow or away: training neither waits nor ends, and it is counted."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny import tiny_config
+
+from ardist.events import events
+from ardist.training import tracking
+from ardist.training.tracking import Tracker, open_tracker, run_id
+
+
+@pytest.fixture(autouse=True)
+def _clean_events() -> Any:
+    events.clear()
+    yield
+    events.clear()
+
+
+def test_records_arrive_in_order_and_a_broken_tracker_does_not_stop_the_others() -> None:
+    seen: list[int] = []
+    closed: list[str] = []
+
+    def broken(record: dict[str, Any]) -> None:
+        raise RuntimeError("the server said no")
+
+    tracker = Tracker(
+        lambda: [
+            ("broken", broken, lambda: closed.append("broken")),
+            ("good", lambda record: seen.append(record["step"]), lambda: closed.append("good")),
+        ]
+    )
+    for step in range(5):
+        tracker.log({"step": step})
+    tracker.finish()
+    assert seen == [0, 1, 2, 3, 4]
+    assert closed == ["good"]
+    assert events.snapshot() == {"tracking.failed": 1}
+
+
+def test_a_tracker_that_hangs_delays_nothing_and_what_it_misses_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tracking, "FINISH_SECONDS", 0.2)
+    monkeypatch.setattr(tracking, "QUEUE_LENGTH", 10)
+
+    def hang() -> list[Any]:
+        time.sleep(30)
+        return []
+
+    began = time.monotonic()
+    tracker = Tracker(hang)
+    for step in range(20):
+        tracker.log({"step": step})
+    tracker.finish()
+    assert time.monotonic() - began < 5
+    counted = events.snapshot()
+    assert counted["tracking.dropped"] >= 10
+    assert counted["tracking.unfinished"] == 1
+
+
+def test_wandb_offline_keeps_its_run_id_and_takes_vectors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    config = tiny_config(tmp_path, tmp_path, tracking__wandb="offline")
+    for session in range(2):
+        tracker = open_tracker(config, tmp_path)
+        tracker.log({"kind": "train", "step": session, "loss": 1.0, "loss_per_frame": [1.0, 2.0], "mfu": None})
+        tracker.finish()
+    assert events.snapshot() == {}
+    ids = {path.name.rsplit("-", 1)[1] for path in (tmp_path / "wandb").glob("offline-run-*")}
+    assert ids == {run_id(tmp_path)}
+
+
+def test_a_missing_library_is_said_and_survived(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(name: str) -> Any:
+        raise ModuleNotFoundError(f"No module named {name!r}")
+
+    monkeypatch.setattr(tracking.importlib, "import_module", missing)
+    tracker = open_tracker(tiny_config(tmp_path, tmp_path, tracking__wandb="online"), tmp_path)
+    tracker.log({"step": 1})
+    tracker.finish()
+    assert events.snapshot() == {"tracking.unavailable": 1}
+
+
+def test_names_and_numbers_of_a_record() -> None:
+    record = {"kind": "validation", "step": 3, "time": 1.0, "loss": 0.5, "by": [1.0, 2.0], "mfu": None, "ok": True}
+    assert tracking._scalars(record) == {"validation/loss": 0.5, "validation/by/00": 1.0, "validation/by/01": 2.0}
