@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ardist.config.denoiser import DenoiserConfig
 from ardist.errors import InvalidValueError
+from ardist.models.denoiser import check_shapes
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,8 @@ class Conditions:
             sizes: other arguments of the caller that have a batch axis, by name.
 
         Raises:
-            InvalidValueError: batch sizes differ, guidance without a condition, or a class id out of range.
+            InvalidValueError: batch sizes differ, a shape is not the denoiser's, guidance without condition, or a class
+                id out of range.
         """
         counts = {
             name: value.shape[0]
@@ -54,6 +56,8 @@ class Conditions:
             raise InvalidValueError(f"batch sizes differ: {counts}, batch_size={batch_size}; legal: one for all")
         if guided and context is None and class_ids is None:
             raise InvalidValueError("guidance_scale other than 1 needs a condition (context or class_ids); legal: 1")
+        latents = torch.empty(batch_size, 1, config.tokens_per_frame, config.latent_channels, device="meta")
+        check_shapes(config, latents, latents[:, :, 0, 0].long(), context, class_ids)
         if class_ids is not None and config.num_classes is not None:
             wrong = [int(value) for value in class_ids.flatten() if not 0 <= value <= config.num_classes]
             if wrong:

@@ -17,21 +17,12 @@ from torch import Tensor
 
 from ardist.diffusion.ad import ADSchedule
 from ardist.diffusion.counter_rng import Purpose, normal
-from ardist.diffusion.ddim import ddim_step, guide
 from ardist.diffusion.noise import NoiseSchedule
 from ardist.errors import InvalidValueError
 from ardist.inference.conditions import Conditions
-from ardist.inference.kv_cache import KVCache
+from ardist.inference.rows import FinalFrame, Levels, Run, cached_rows, recomputed_rows
 from ardist.models.denoiser import Denoiser
 from ardist.models.parallelize import parallelize
-
-
-@dataclass(frozen=True, eq=False)
-class FinalFrame:
-    """A frame of every video of the batch that will not change any more."""
-
-    index: int
-    latents: Float[Tensor, "b l c"]
 
 
 @dataclass(frozen=True)
@@ -43,17 +34,6 @@ class Progress:
     frames_done: int
     num_frames: int
     frames_per_second: float
-
-
-@dataclass(frozen=True)
-class _Run:
-    """What does not change from row to row."""
-
-    schedule: ADSchedule
-    conditions: Conditions
-    guidance_scale: float
-    noise: Callable[[int, int], Tensor]
-    prefix: Tensor
 
 
 class ADSampler:
@@ -151,9 +131,8 @@ class ADSampler:
         Raises:
             InvalidValueError: arguments that do not fit together or the denoiser; the message has the legal values.
         """
-        config = self.denoiser.config
         conditions = Conditions.create(
-            config,
+            self.denoiser.config,
             guided=guidance_scale != 1,
             batch_size=batch_size,
             sizes={"prefix": prefix, "noise": noise, "video_ids": video_ids},
@@ -161,6 +140,7 @@ class ADSampler:
             class_ids=class_ids,
             device=self.device,
         )
+        prefix = self._latents("prefix", prefix, conditions.batch_size, 0 if prefix is None else prefix.shape[1])
         schedule = ADSchedule(
             num_frames,
             num_inference_steps,
@@ -168,20 +148,25 @@ class ADSampler:
             self.window,
             self.window_kind,
             self.noise_schedule.num_timesteps,
-            0 if prefix is None else prefix.shape[1],
+            prefix.shape[1],
         )
         self._check_positions(schedule)
+        if noise is not None:
+            noise = self._latents("noise", noise, conditions.batch_size, num_frames)
         if generator is not None:
             seed = int(torch.randint(0, 2**63 - 1, (), generator=generator, device=generator.device))
-        shape = (conditions.batch_size, 0, config.tokens_per_frame, config.latent_channels)
-        run = _Run(
+        run = Run(
+            self.denoiser,
             schedule,
-            conditions,
+            self.noise_schedule,
+            Levels.of(schedule, self.noise_schedule),
+            self.target,
             float(guidance_scale),
+            conditions,
             self._noise_source(noise, seed, video_ids, conditions.batch_size),
-            (torch.empty(shape) if prefix is None else prefix).to(self.device, torch.float32),
+            prefix,
         )
-        rows = self._cached_rows(run) if self.window_kind == "rolling" else self._recomputed_rows(run)
+        rows = cached_rows(run, self.window) if self.window_kind == "rolling" else recomputed_rows(run)
         started, done = time.monotonic(), 0
         for row, frames in enumerate(rows, start=1):
             yield from frames
@@ -190,107 +175,12 @@ class ADSampler:
                 rate = done / max(time.monotonic() - started, 1e-9)
                 progress(Progress(row, schedule.num_rows, schedule.num_prefix_frames + done, num_frames, rate))
 
-    def _cached_rows(self, run: _Run) -> Iterator[list[FinalFrame]]:
-        """Run the rows over the frames that change, and each frame once more when it has just become final."""
-        schedule, conditions = run.schedule, run.conditions
-        prefix_frames = schedule.num_prefix_frames
-        # A prefix longer than the window enters in pieces, so that memory stays bounded by the window.
-        piece = prefix_frames if self.window is None else self.window
-        first_active = schedule.active_range(1)[1] - prefix_frames
-        cache = KVCache(
-            self.denoiser.config,
-            conditions.num_copies * conditions.batch_size,
-            schedule.num_frames,
-            max(schedule.max_active_frames + 1, first_active + min(piece, prefix_frames)),
-            self.window,
-            self.device,
-            self.denoiser.input.weight.dtype,
-        )
-        self.denoiser.forward_context(
-            conditions.context, conditions.context_dropped, cache.batch_size, cache.context_layers
-        )
-        start = 0
-        while prefix_frames - start > piece:
-            latents = run.prefix[:, start : start + piece]
-            timesteps = torch.full(latents.shape[:2], schedule.finished_timestep, device=self.device)
-            self._predict_cached(run, cache, latents, timesteps, start, num_final=piece)
-            start += piece
-        latents = run.prefix[:, start:]
-        for row in range(1, schedule.num_rows + 1):
-            active_start, stop = schedule.active_range(row)
-            num_final = active_start - start
-            missing = stop - start - latents.shape[1]
-            if missing:
-                latents = torch.cat([latents, run.noise(stop - missing, stop)], dim=1)
-            timesteps = schedule.timesteps(row, device=self.device)[start:stop]
-            timesteps = timesteps.expand(latents.shape[0], -1)
-            x0 = self._predict_cached(run, cache, latents, timesteps, start, num_final)[:, num_final:]
-            latents = self._denoise(schedule, row, latents[:, num_final:], x0, active_start, stop)
-            start = active_start
-            yield [FinalFrame(i, latents[:, i - start]) for i in self._finished(schedule, row)]
-
-    def _predict_cached(
-        self, run: _Run, cache: KVCache, latents: Tensor, timesteps: Tensor, start: int, num_final: int
-    ) -> Tensor:
-        conditions, stop = run.conditions, start + latents.shape[1]
-        layout = cache.begin_row(start, stop, num_final)
-        prediction = self.denoiser.forward_frames(
-            conditions.repeat(latents), conditions.repeat(timesteps), conditions.class_ids, start, layout, cache.layers
-        )
-        return self._guided_x0(run, prediction, latents, timesteps)
-
-    def _recomputed_rows(self, run: _Run) -> Iterator[list[FinalFrame]]:
-        """Run the whole common window in every row, as the authors do; positions count from the window's start."""
-        schedule, conditions = run.schedule, run.conditions
-        prefix_frames = schedule.num_prefix_frames
-        latents = torch.cat([run.prefix, run.noise(prefix_frames, schedule.num_frames)], dim=1)
-        for row in range(1, schedule.num_rows + 1):
-            start, stop = schedule.window_range(row)
-            active_start, active_stop = schedule.active_range(row)
-            seen = latents[:, start:stop]
-            timesteps = schedule.timesteps(row, device=self.device)[start:stop].expand(latents.shape[0], -1)
-            prediction = self.denoiser(
-                conditions.repeat(seen),
-                conditions.repeat(timesteps),
-                conditions.context,
-                conditions.class_ids,
-                context_dropped=conditions.context_dropped,
-            )
-            active = slice(active_start - start, active_stop - start)
-            x0 = self._guided_x0(run, prediction, seen, timesteps)[:, active]
-            latents[:, active_start:active_stop] = self._denoise(
-                schedule, row, seen[:, active], x0, active_start, active_stop
-            )
-            yield [FinalFrame(i, latents[:, i].clone()) for i in self._finished(schedule, row)]
-
-    def _guided_x0(self, run: _Run, prediction: Tensor, latents: Tensor, timesteps: Tensor) -> Tensor:
-        """x0 in fp32 from the prediction for the batch, or for ``[conditional ; unconditional]``."""
-        predicted = [
-            self.noise_schedule.to_x0(self.target, part.float(), latents, timesteps)
-            for part in prediction.chunk(run.conditions.num_copies)
-        ]
-        return predicted[0] if len(predicted) == 1 else guide(predicted[0], predicted[1], run.guidance_scale)
-
-    def _denoise(self, schedule: ADSchedule, row: int, latents: Tensor, x0: Tensor, start: int, stop: int) -> Tensor:
-        """One DDIM step of the frames [start, stop), which are the ones the row updates."""
-        now = schedule.timesteps(row, device=self.device)[start:stop]
-        then = schedule.next_timesteps(row, device=self.device)[start:stop]
-        levels = self.noise_schedule.alphas_cumprod
-        return ddim_step(latents, x0, levels[now], levels[then])
-
-    @staticmethod
-    def _finished(schedule: ADSchedule, row: int) -> range:
-        """The frames that are final after `row` and were not before."""
-        start, stop = schedule.active_range(row)
-        return range(start, stop if row == schedule.num_rows else schedule.active_range(row + 1)[0])
-
     def _noise_source(
         self, noise: Tensor | None, seed: int, video_ids: Tensor | None, batch_size: int
     ) -> Callable[[int, int], Tensor]:
         """A function that gives the initial noise of the frames [start, stop), [b n l c] in fp32."""
         if noise is not None:
-            given = noise.to(self.device, torch.float32)
-            return lambda start, stop: given[:, start:stop]
+            return lambda start, stop: noise[:, start:stop]
         ids = torch.arange(batch_size) if video_ids is None else video_ids
         ids = ids.to(self.device)
         length, channels = self.denoiser.config.tokens_per_frame, self.denoiser.config.latent_channels
@@ -300,6 +190,15 @@ class ADSampler:
             return normal(seed, 0, ids, Purpose.SAMPLER_NOISE, shape, offset=start * length * channels)
 
         return draw
+
+    def _latents(self, name: str, value: Tensor | None, batch_size: int, frames: int) -> Tensor:
+        """Given latents, checked, in fp32 on the device; empty when nothing is given."""
+        legal = (batch_size, frames, self.denoiser.config.tokens_per_frame, self.denoiser.config.latent_channels)
+        if value is None:
+            return torch.empty(legal, device=self.device)
+        if tuple(value.shape) != legal:
+            raise InvalidValueError(f"{name} of shape {tuple(value.shape)} is illegal; legal: {legal}")
+        return value.to(self.device, torch.float32)
 
     def _check_positions(self, schedule: ADSchedule) -> None:
         """A fixed table of positions must reach as far as the network is going to look."""

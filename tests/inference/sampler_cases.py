@@ -21,13 +21,13 @@ SMALL: dict[str, Any] = {
 }
 
 
-def random_denoiser(seed: int = 0, **changes: Any) -> Denoiser:
+def random_denoiser(seed: int = 0, std: float = 0.15, **changes: Any) -> Denoiser:
     """A small denoiser with random weights whose predictions have the size of latents."""
     model = Denoiser(DenoiserConfig(**SMALL | changes)).eval()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.normal_(std=0.15, generator=generator)
+            parameter.normal_(std=std, generator=generator)
     return model
 
 

@@ -9,7 +9,7 @@ from sampler_cases import random_denoiser
 from ardist.config import DenoiserConfig
 from ardist.diffusion.noise import NoiseSchedule
 from ardist.errors import InvalidValueError
-from ardist.inference import sampler as sampler_module
+from ardist.inference import rows
 from ardist.inference.kv_cache import KVCache
 from ardist.inference.sampler import ADSampler
 
@@ -68,7 +68,7 @@ def test_sampler_memory_does_not_grow_with_the_video(
             super().__init__(*arguments)  # type: ignore[arg-type]
             made.append(self)
 
-    monkeypatch.setattr(sampler_module, "KVCache", Recorded)
+    monkeypatch.setattr(rows, "KVCache", Recorded)
     sampler = ADSampler(random_denoiser(), NoiseSchedule.create(), window=3)
     for frames in (20, 40):
         prefix = torch.randn(1, prefix_frames, 3, 4) if prefix_frames else None

@@ -66,7 +66,7 @@ def test_cached_equals_uncached_with_guidance(changes: dict[str, Any], differenc
 
 
 def test_synchronous_is_a_plain_ddim_loop() -> None:
-    denoiser = random_denoiser()
+    denoiser = random_denoiser(std=0.1)
     actual = ADSampler(denoiser, NOISE).sample(4, num_inference_steps=10, difference=0)
     x = normal(0, 0, torch.tensor([0]), Purpose.SAMPLER_NOISE, (4, 3, 4))
     levels = [*range(901, 0, -100), 0]
@@ -80,7 +80,7 @@ def test_synchronous_is_a_plain_ddim_loop() -> None:
 
 
 def test_largest_difference_is_frame_by_frame_generation() -> None:
-    denoiser = random_denoiser()
+    denoiser = random_denoiser(std=0.1)
     actual = ADSampler(denoiser, NOISE).sample(4, num_inference_steps=10, difference=10)
     noise = normal(0, 0, torch.tensor([0]), Purpose.SAMPLER_NOISE, (4, 3, 4))
     video = noise[:, :0]
@@ -277,6 +277,9 @@ def test_future_frames_never_reach_finished_ones() -> None:
         (4, {"batch_size": 2, "prefix": torch.zeros(3, 1, 3, 4)}, "batch sizes differ"),
         (4, {"class_ids": torch.tensor([3, 4])}, "class_ids contains 4; legal: 0 to 2"),
         (4, {"class_ids": torch.tensor([-1])}, "class_ids contains -1"),
+        (4, {"prefix": torch.zeros(1, 2, 5, 4)}, r"prefix of shape \(1, 2, 5, 4\).*legal: \(1, 2, 3, 4\)"),
+        (4, {"noise": torch.zeros(1, 3, 3, 4)}, r"noise of shape.*legal: \(1, 4, 3, 4\)"),
+        (4, {"context": torch.zeros(1, 2, 3)}, "context of shape.*legal: None"),
     ],
 )
 def test_illegal_requests_name_what_is_legal(frames: int, arguments: dict[str, Any], message: str) -> None:

@@ -65,14 +65,20 @@ class Block(nn.Module):
     def forward(
         self,
         tokens: Float[Tensor, "b n w"],
-        conditioning: Float[Tensor, "b f w"],
+        conditioning: Float[Tensor, "#b f c"],
         rotation: Float[Tensor, "2 n 2 1 p"] | None,
         layout: AttentionLayout,
         store: KeyValueStore | None = None,
     ) -> Float[Tensor, "b n w"]:
-        """Tokens in, tokens out; `store` holds keys and values of tokens that are not among `tokens`."""
+        """Tokens in, tokens out.
+
+        Args:
+            conditioning: per frame, what the modulation is computed from (c = w), or the modulation itself (c = 6 w).
+            store: holds keys and values of tokens that are not among `tokens`.
+        """
         context_tokens = layout.num_context_queries
-        residual, modulation, q, k, v = self.before_attention(tokens, conditioning, rotation, context_tokens)
+        modulation = self.modulation(conditioning) if conditioning.shape[-1] == tokens.shape[-1] else conditioning
+        residual, q, k, v = self.before_attention(tokens, modulation, rotation, context_tokens)
         if store is not None:
             k, v = store.extend(k, v)
         attended = attention(q, k, v, layout, self.backend)
@@ -81,61 +87,55 @@ class Block(nn.Module):
     def before_attention(
         self,
         tokens: Float[Tensor, "b n w"],
-        conditioning: Float[Tensor, "b f w"],
+        modulation: Float[Tensor, "#b f m"],
         rotation: Float[Tensor, "2 n 2 1 p"] | None,
         context_tokens: int,
-    ) -> tuple[
-        Float[Tensor, "b n w"],
-        Float[Tensor, "b f 6 1 w"],
-        Float[Tensor, "b h n d"],
-        Float[Tensor, "b h n d"],
-        Float[Tensor, "b h n d"],
-    ]:
-        """The residual stream, the six modulations of each frame, and rotated q, k and v."""
-        modulation = self.modulation(conditioning).unflatten(-1, (6, 1, -1))
+    ) -> tuple[Float[Tensor, "b n w"], Float[Tensor, "b h n d"], Float[Tensor, "b h n d"], Float[Tensor, "b h n d"]]:
+        """The residual stream, and rotated q, k and v."""
         normed = layer_norm(tokens, tokens.shape[-1:], eps=EPS)
         residual = normed if self.overwrite_with_norm else tokens
-        modulated = self._modulate(normed, modulation[:, :, 0], modulation[:, :, 1], context_tokens)
-        qkv = self.qkv(modulated).unflatten(-1, (3, self.num_heads, -1))
+        shift, scale = modulation.chunk(6, dim=-1)[:2]
+        qkv = self.qkv(self._modulate(normed, shift, scale, context_tokens)).unflatten(-1, (3, self.num_heads, -1))
         qk = qkv[:, :, :2]
         if self.qk_norm is not None:
             qk = self.qk_norm(qk)
         if rotation is not None:
             qk = rotate(qk, rotation)
         q, k, v = qk[:, :, 0], qk[:, :, 1], qkv[:, :, 2]
-        return residual, modulation, q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+        return residual, q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
 
     def after_attention(
         self,
         residual: Float[Tensor, "b n w"],
-        modulation: Float[Tensor, "b f 6 1 w"],
+        modulation: Float[Tensor, "#b f m"],
         attended: Float[Tensor, "b h n d"],
         context_tokens: int,
     ) -> Float[Tensor, "b n w"]:
         """Add the gated attention branch, then the gated MLP branch."""
+        gate, mlp_shift, mlp_scale, mlp_gate = modulation.chunk(6, dim=-1)[2:]
         branch = self.projection(attended.transpose(1, 2).flatten(2))
-        tokens = self._add_gated(residual, branch, modulation[:, :, 2], context_tokens)
+        tokens = self._add_gated(residual, branch, gate, context_tokens)
         normed = layer_norm(tokens, tokens.shape[-1:], eps=EPS)
         residual = normed if self.overwrite_with_norm else tokens
-        modulated = self._modulate(normed, modulation[:, :, 3], modulation[:, :, 4], context_tokens)
-        branch = self.mlp_output(gelu(self.mlp_hidden(modulated), approximate="tanh"))
-        return self._add_gated(residual, branch, modulation[:, :, 5], context_tokens)
+        hidden = self.mlp_hidden(self._modulate(normed, mlp_shift, mlp_scale, context_tokens))
+        return self._add_gated(residual, self.mlp_output(gelu(hidden, approximate="tanh")), mlp_gate, context_tokens)
 
     def _modulate(self, x: Tensor, shift: Tensor, scale: Tensor, context_tokens: int) -> Tensor:
         """``x * (1 + scale) + shift`` on the video tokens of each frame; context tokens pass as they are."""
         # In place on a fresh product: one pass over memory less, and the plain rounding of x * (1 + scale) + shift.
-        video = (self._by_frame(x, shift, context_tokens) * (1 + scale)).add_(shift).flatten(1, 2)
+        video = self._by_frame(x, shift, context_tokens) * (1 + scale[:, :, None])
+        video = video.add_(shift[:, :, None]).flatten(1, 2)
         return torch.cat([x[:, :context_tokens], video], dim=1) if context_tokens else video
 
     def _add_gated(self, residual: Tensor, branch: Tensor, gate: Tensor, context_tokens: int) -> Tensor:
         """``residual + gate * branch`` on the video tokens of each frame, ``residual + branch`` on context tokens."""
-        gated = self._by_frame(branch, gate, context_tokens) * gate
+        gated = self._by_frame(branch, gate, context_tokens) * gate[:, :, None]
         video = gated.add_(self._by_frame(residual, gate, context_tokens)).flatten(1, 2)
         if not context_tokens:
             return video
         return torch.cat([residual[:, :context_tokens] + branch[:, :context_tokens], video], dim=1)
 
     def _by_frame(self, x: Tensor, modulation: Tensor, context_tokens: int) -> Tensor:
-        """The video tokens of ``[context ; frames]`` as a view [b f l w], ready to meet a modulation [b f 1 w]."""
+        """The video tokens of ``[context ; frames]`` as a view [b f l w]; `modulation` is [b f w]."""
         video: Tensor = x[:, context_tokens:].unflatten(1, (modulation.shape[1], self.tokens_per_frame))
         return video

@@ -105,7 +105,8 @@ class Denoiser(nn.Module):
         tokens = self._embed(latents, 0)
         if self.context is not None:
             tokens = torch.cat([self.context(context, context_dropped, latents.shape[0]), tokens], dim=1)
-        tokens = self._run(tokens, self._condition(timesteps, class_ids), self._rotation(layout, 0), layout)
+        conditioning = [self._condition(timesteps, class_ids)] * config.depth
+        tokens = self._run(tokens, conditioning, self._rotation(layout, 0), layout)
         return self._project(tokens[:, layout.num_context_queries :], frames)
 
     def forward_context(
@@ -124,25 +125,36 @@ class Denoiser(nn.Module):
         layout = AttentionLayout.training(0, self.config.tokens_per_frame, self.config.context_tokens)
         tokens = self.context(context, context_dropped, batch_size)
         conditioning = tokens.new_empty(batch_size, 0, self.config.width)
-        self._run(tokens, conditioning, self._rotation(layout, 0), layout, stores)
+        self._run(tokens, [conditioning] * self.config.depth, self._rotation(layout, 0), layout, stores)
+
+    def modulations(
+        self, timesteps: Int64[Tensor, "s"], class_ids: Int64[Tensor, "b"] | None
+    ) -> Float[Tensor, "depth b s m"]:
+        """Cached inference: the modulation of every block at each of some timesteps, for `forward_frames`.
+
+        One row (b = 1, to be broadcast) when no class is given. A sampler shows S + 1 different timesteps many times
+        over; a third of the network's weights is needed for this table only.
+        """
+        rows = 1 if class_ids is None else class_ids.shape[0]
+        conditioning = self._condition(timesteps.expand(rows, -1), class_ids)
+        return torch.stack([block.modulation(conditioning) for block in self._blocks()])
 
     def forward_frames(
         self,
         latents: Float[Tensor, "b a l c"],
-        timesteps: Int64[Tensor, "b a"],
-        class_ids: Int64[Tensor, "b"] | None,
+        modulations: Float[Tensor, "depth b2 a m"],
         first_frame: int,
         layout: AttentionLayout,
         stores: Sequence[KeyValueStore],
     ) -> Float[Tensor, "b a l c"]:
         """Cached inference: predict for the frames from `first_frame` on, which also see what `stores` hold.
 
-        `layout` asks with these frames only (no context queries) and may number frames from any origin.
+        Args:
+            modulations: of the frames' timesteps, from the method above; one row or one per clip.
+            layout: asks with these frames only (no context queries) and may number frames from any origin.
         """
-        check_shapes(self.config, latents, timesteps, None, class_ids, first_frame)
         tokens = self._embed(latents, first_frame)
-        conditioning = self._condition(timesteps, class_ids)
-        tokens = self._run(tokens, conditioning, self._rotation(layout, first_frame), layout, stores)
+        tokens = self._run(tokens, modulations, self._rotation(layout, first_frame), layout, stores)
         return self._project(tokens, latents.shape[1])
 
     def _blocks(self) -> list[Block]:
@@ -179,13 +191,14 @@ class Denoiser(nn.Module):
     def _run(
         self,
         tokens: Tensor,
-        conditioning: Tensor,
+        conditioning: Sequence[Tensor] | Tensor,
         rotation: Tensor | None,
         layout: AttentionLayout,
         stores: Sequence[KeyValueStore] | None = None,
     ) -> Tensor:
         for index, block in enumerate(self.blocks):
-            tokens = block(tokens, conditioning, rotation, layout, None if stores is None else stores[index])
+            store = None if stores is None else stores[index]
+            tokens = block(tokens, conditioning[index], rotation, layout, store)
         return tokens
 
     def _project(self, tokens: Tensor, frames: int) -> Tensor:

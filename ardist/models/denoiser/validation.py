@@ -14,7 +14,6 @@ def check_shapes(
     timesteps: Tensor,
     context: Tensor | None,
     class_ids: Tensor | None,
-    first_frame: int = 0,
 ) -> None:
     """Compare shapes with the configuration on the host, without looking at any value; raises `InvalidValueError`."""
     expected = (config.tokens_per_frame, config.latent_channels)
@@ -29,9 +28,9 @@ def check_shapes(
             f"timesteps of shape {tuple(timesteps.shape)} and {timesteps.dtype} are illegal; "
             f"legal: one integer per frame, {(batch, frames)}"
         )
-    if config.positions == "sincos" and first_frame + frames > config.max_frames:
+    if config.positions == "sincos" and frames > config.max_frames:
         raise InvalidValueError(
-            f"{first_frame + frames} frames do not fit the sincos table; legal: at most max_frames={config.max_frames}"
+            f"{frames} frames do not fit the sincos table; legal: at most max_frames={config.max_frames}"
         )
     if context is not None and tuple(context.shape) != (batch, config.context_tokens, config.context_dim):
         legal = (batch, config.context_tokens, config.context_dim) if config.context_tokens else None

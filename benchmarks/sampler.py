@@ -1,0 +1,126 @@
+"""The cached sampler against the recomputing one, which evaluates its whole window in every row as the authors do.
+
+    python benchmarks/sampler.py                 # the full table: `small`, 50 steps, about 15 minutes on 2 cores
+    python benchmarks/sampler.py --steps 10      # the same proportions in a fifth of the time
+
+Both run in one process on the same weights and noise, one after the other for each case; for videos no longer than the
+window the largest difference of their latents is printed too. For longer ones they compute different things: a rolling
+band and a common window.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import time
+from dataclasses import dataclass
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from ardist.diffusion.ad import ADSchedule
+from ardist.diffusion.noise import NoiseSchedule
+from ardist.inference.sampler import ADSampler
+from ardist.models.denoiser import Denoiser, preset
+
+
+@dataclass(frozen=True)
+class Case:
+    """A length, a difference as a fraction of the steps, a window, and the ratio that is asked for."""
+
+    frames: int
+    difference: float
+    window: int
+    goal: float | None
+
+
+CASES = [
+    Case(16, 0.0, 16, 0.95),
+    Case(16, 0.1, 16, 2.0),
+    Case(16, 0.5, 16, None),
+    Case(16, 1.0, 16, 8.0),
+    Case(128, 0.1, 16, None),
+]
+
+
+def random_denoiser(name: str, device: str, dtype: torch.dtype) -> Denoiser:
+    """A denoiser in which no weight is zero, so that nothing is trivially fast or equal."""
+    torch.manual_seed(0)
+    denoiser = Denoiser(preset(name))
+    with torch.no_grad():
+        for parameter in denoiser.parameters():
+            parameter.normal_(std=0.02)
+    return denoiser.to(device, dtype).eval()
+
+
+def timed(sampler: ADSampler, case: Case, steps: int, batch_size: int) -> tuple[float, Tensor]:
+    """(seconds, latents) of one run."""
+    if sampler.device.type == "cuda":
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    latents = sampler.sample(
+        case.frames,
+        num_inference_steps=steps,
+        difference=round(case.difference * steps),
+        batch_size=batch_size,
+        seed=1,
+    )
+    if sampler.device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start, latents
+
+
+def main() -> None:
+    """Run the cases and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--preset", default="small")
+    parser.add_argument("--steps", type=int, default=50)
+    parser.add_argument("--batch-size", type=int, default=1)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--cases", type=int, nargs="*", help="numbers of the cases to run, from 0")
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    dtype = torch.bfloat16 if arguments.device.startswith("cuda") else torch.float32
+    denoiser = random_denoiser(arguments.preset, arguments.device, dtype)
+    chosen = [CASES[number] for number in (arguments.cases or range(len(CASES)))]
+    name = torch.cuda.get_device_name() if dtype == torch.bfloat16 else f"{platform.machine()} CPU"
+    table = Table(
+        title=f"{arguments.preset}, {arguments.steps} steps, batch {arguments.batch_size}, {dtype}, {name}, "
+        f"{arguments.threads} threads, torch {torch.__version__}"
+    )
+    for column in ("F", "s", "W", "rows", "frame evaluations", "recompute s", "cached s", "ratio", "goal", "max diff"):
+        table.add_column(column, justify="right")
+    for case in chosen:
+        difference = round(case.difference * arguments.steps)
+        seconds: dict[str, float] = {}
+        latents: dict[str, Tensor] = {}
+        plans = {}
+        for kind in ("recompute", "rolling"):
+            sampler = ADSampler(denoiser, NoiseSchedule.create(), window=case.window, window_kind=kind)
+            sampler.sample(min(case.frames, 4), num_inference_steps=2, difference=0)
+            seconds[kind], latents[kind] = timed(sampler, case, arguments.steps, arguments.batch_size)
+            plans[kind] = ADSchedule(case.frames, arguments.steps, difference, case.window, kind)
+        same = case.frames <= case.window
+        worst = (latents["rolling"] - latents["recompute"]).abs().max().item()
+        ratio = seconds["recompute"] / seconds["rolling"]
+        table.add_row(
+            str(case.frames),
+            str(difference),
+            str(case.window),
+            str(plans["rolling"].num_rows),
+            f"{plans['recompute'].num_frame_evaluations} / {plans['rolling'].num_frame_evaluations}",
+            f"{seconds['recompute']:.2f}",
+            f"{seconds['rolling']:.2f}",
+            f"{ratio:.2f}x",
+            "" if case.goal is None else f"{case.goal}x {'met' if ratio >= case.goal else 'MISSED'}",
+            f"{worst:.1e}" if same else "other mask",
+        )
+    Console(width=140).print(table)
+
+
+if __name__ == "__main__":
+    main()
