@@ -1,0 +1,202 @@
+"""Attention backends against PyTorch's fused attention with a dense mask, in one run.
+
+    python benchmarks/attention.py                                # small shapes on CPU; the large ones where CUDA is
+    python benchmarks/attention.py --shapes reference 8k-64 --dtype bfloat16 --json attention.json
+
+Per shape: the median time of the forward pass and of forward plus backward, the ratio to the dense mask (above 1 is
+faster), TFLOP/s, and the largest difference of the outputs. FLOPs are those the mask allows, so skipping forbidden
+pairs shows as speed: 4 x head dimension per pair and head forward, twice that backward. Candidates take turns within
+each round, so that a change of the machine's pace meets all of them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from ardist.models.attention import AttentionLayout, attention, available_backends
+from ardist.models.attention.flash import KERNELS
+from ardist.models.attention.merging import block_causal
+
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A layout and the rest of what attention is called with."""
+
+    layout: AttentionLayout
+    batch: int
+    heads: int
+    head_dim: int
+
+
+TRAINING = AttentionLayout.training
+SHAPES = {
+    # CPU: the shapes of the presets, short clips, and one active frame over a full cache.
+    "preset-tiny": Shape(TRAINING(16, 32), 2, 4, 32),
+    "preset-small": Shape(TRAINING(16, 32), 2, 6, 64),
+    "context": Shape(TRAINING(16, 32, 77), 1, 6, 64),
+    "few-tokens": Shape(TRAINING(64, 8), 2, 4, 32),
+    "large-frames": Shape(TRAINING(8, 256), 1, 4, 64),
+    "window": Shape(TRAINING(64, 32, window=8), 1, 4, 64),
+    "cached": Shape(AttentionLayout(32, (15, 16), (0, 16), context_queries=False), 1, 6, 64),
+    # GPU: the paper's shape, then 8,192 and 32,768 tokens.
+    "reference": Shape(TRAINING(16, 32, 77), 16, 16, 72),
+    "8k-64": Shape(TRAINING(16, 512), 2, 16, 64),
+    "8k-128": Shape(TRAINING(16, 512), 2, 16, 128),
+    "32k-64": Shape(TRAINING(64, 512), 1, 16, 64),
+    "32k-128": Shape(TRAINING(64, 512), 1, 16, 128),
+    "32k-window": Shape(TRAINING(64, 512, window=16), 1, 16, 64),
+}
+ON_CPU = ("preset-tiny", "preset-small", "context", "few-tokens", "large-frames", "window", "cached")
+ON_CUDA = ("reference", "8k-64", "8k-128", "32k-64", "32k-128", "32k-window")
+BASELINE = "dense mask"
+
+
+@dataclass
+class Result:
+    """One row: times in milliseconds, None where the candidate does not do it."""
+
+    shape: str
+    candidate: str
+    forward_ms: float
+    both_ms: float | None
+    forward_tflops: float
+    both_tflops: float | None
+    difference: float
+
+
+def candidates(shape: Shape, device: torch.device, dtype: torch.dtype) -> dict[str, Attend]:
+    """What is timed: the dense mask first, then every backend and every flash kernel that works here."""
+    layout = shape.layout
+    mask = layout.dense_mask(device)
+    found: dict[str, Attend] = {BASELINE: lambda q, k, v: F.scaled_dot_product_attention(q, k, v, attn_mask=mask)}
+    for name, reason in available_backends(device, dtype, shape.head_dim).items():
+        if reason is not None or name in ("reference", "flash"):
+            continue
+        if name.startswith("flash/"):
+            kernel = KERNELS[name.removeprefix("flash/")]
+            found[name] = lambda q, k, v, kernel=kernel: block_causal(q, k, v, layout, kernel)
+        else:
+            found[name] = lambda q, k, v, name=name: attention(q, k, v, layout, name)
+    return found
+
+
+def milliseconds(run: Callable[[], object], device: torch.device) -> float:
+    """Duration of one call, the device's queue drained before and after."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    start = time.perf_counter()
+    run()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return (time.perf_counter() - start) * 1e3
+
+
+def measure(shape_name: str, shape: Shape, device: torch.device, dtype: torch.dtype, repeats: int) -> list[Result]:
+    """All candidates at one shape."""
+    layout = shape.layout
+    torch.manual_seed(0)
+    sizes = (layout.num_queries, layout.num_keys, layout.num_keys)
+    # As the denoiser hands them over: [b, tokens, heads, d] in memory, heads first in shape.
+    values = [torch.randn(shape.batch, n, shape.heads, shape.head_dim, device=device, dtype=dtype) for n in sizes]
+    q, k, v = (x.transpose(1, 2).requires_grad_() for x in values)
+    grad = torch.randn_like(q)
+
+    def forward(attend: Attend) -> Tensor:
+        with torch.no_grad():
+            return attend(q, k, v)
+
+    def both(attend: Attend) -> object:
+        return torch.autograd.grad(attend(q, k, v), (q, k, v), grad)
+
+    attends = candidates(shape, device, dtype)
+    forward_times: dict[str, list[float]] = {candidate: [] for candidate in attends}
+    both_times: dict[str, list[float]] = {
+        candidate: [] for candidate in attends if candidate != "flex" or device.type == "cuda"
+    }
+    expected = forward(attends[BASELINE]).float()
+    differences = {
+        candidate: float((forward(attend).float() - expected).abs().max()) for candidate, attend in attends.items()
+    }
+    for turn in range(repeats + 2):
+        for candidate, attend in attends.items():
+            taken = milliseconds(lambda attend=attend: forward(attend), device)
+            if turn >= 2:
+                forward_times[candidate].append(taken)
+        for candidate in both_times:
+            taken = milliseconds(lambda attend=attends[candidate]: both(attend), device)
+            if turn >= 2:
+                both_times[candidate].append(taken)
+    flops = 4.0 * layout.num_pairs() * shape.head_dim * shape.heads * shape.batch
+    results = []
+    for candidate in attends:
+        one = statistics.median(forward_times[candidate])
+        two = statistics.median(both_times[candidate]) if candidate in both_times else None
+        both_tflops = None if two is None else 3 * flops / two / 1e9
+        results.append(Result(shape_name, candidate, one, two, flops / one / 1e9, both_tflops, differences[candidate]))
+    return results
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="float32 on CPU, else bfloat16")
+    parser.add_argument("--shapes", nargs="+", choices=sorted(SHAPES), metavar="SHAPE", help=", ".join(SHAPES))
+    parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--json", type=Path, help="write the numbers to this file too")
+    arguments = parser.parse_args()
+    device = torch.device(arguments.device)
+    on_cuda = device.type == "cuda"
+    dtype = getattr(torch, arguments.dtype or ("bfloat16" if on_cuda else "float32"))
+    machine = (
+        torch.cuda.get_device_name(device) if on_cuda else f"{platform.machine()}, {torch.get_num_threads()} thread"
+    )
+    title = f"attention, {dtype}, {machine}, torch {torch.__version__}"
+
+    table = Table("shape", "candidate", "forward", "x", "TFLOP/s", "fwd+bwd", "x", "TFLOP/s", "max diff", title=title)
+    for column in table.columns[2:]:
+        column.justify = "right"
+    everything = []
+    for name in arguments.shapes or (ON_CUDA if on_cuda else ON_CPU):
+        shape = SHAPES[name]
+        results = measure(name, shape, device, dtype, arguments.repeats)
+        everything += results
+        base = results[0]
+        pairs = shape.layout.num_pairs() / (shape.layout.num_queries * shape.layout.num_keys)
+        label = f"{name}\n{shape.layout.num_queries}x{shape.layout.num_keys} d{shape.head_dim}\n{pairs:.0%} allowed"
+        for result in results:
+            second = ("-", "-", "-")
+            if result.both_ms is not None and base.both_ms is not None:
+                ratio = base.both_ms / result.both_ms
+                second = (f"{result.both_ms:.2f} ms", f"{ratio:.2f}", f"{result.both_tflops:.3g}")
+            first = (f"{result.forward_ms:.2f} ms", f"{base.forward_ms / result.forward_ms:.2f}")
+            first = (*first, f"{result.forward_tflops:.3g}")
+            table.add_row(label, result.candidate, *first, *second, f"{result.difference:.1e}")
+            label = ""
+        table.add_section()
+    Console(width=120).print(table)
+    if arguments.json:
+        report = {
+            "title": title,
+            "date": time.strftime("%Y-%m-%d"),
+            "results": [asdict(result) for result in everything],
+        }
+        arguments.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
