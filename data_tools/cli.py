@@ -9,9 +9,12 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
 
 from ardist import command_line
-from ardist.errors import ConfigError
+from ardist.errors import ConfigError, DataError
 from ardist.log import console
 from ardist.storage import is_remote
 
@@ -121,6 +124,91 @@ def build(
         log = Path(out).expanduser() / "build-log.jsonl"
     with ConsoleProgress(console, log) as progress:
         run_build(videos, out, chosen, parameters, labels=known, options=options, progress=progress)
+
+
+@app.command()
+def verify(
+    dataset: Annotated[str, typer.Argument(help="A dataset folder or s3:// prefix.")],
+    quick: Annotated[bool, typer.Option("--quick", help="Sizes, indices and records only; no shard is read.")] = False,
+) -> None:
+    """Check a dataset and list everything that is wrong with it; exit code 3 when anything is.
+
+    Reads every byte of every shard: hashes, tar structure, sample shapes, finite latents and their statistics, and
+    that plan, commits, quarantine and manifest agree. Objects that belong to nothing are noted, not held against it.
+    """
+    from data_tools.verify import verify as run_verify
+
+    report = run_verify(dataset, quick=quick)
+    for note in report.notes:
+        console.print(f"note: {note}", highlight=False, markup=False)
+    if report.problems:
+        lines = "\n".join(f"  {problem}" for problem in report.problems)
+        raise DataError(f"{report.url}: {len(report.problems)} problems\n{lines}")
+    how = "quick look, shards not read" if quick else "every byte read"
+    console.print(f"{report.url}: {report.samples} samples in {report.shards} shards are as they were built ({how})")
+
+
+@app.command()
+def stats(
+    dataset: Annotated[str, typer.Argument(help="A dataset folder or s3:// prefix.")],
+    png: Annotated[Path | None, typer.Option(help="Also draw shards, classes and latents into this file.")] = None,
+) -> None:
+    """Show counts, sizes, latent mean and deviation, classes and what was refused; reads no sample."""
+    from data_tools.stats import picture, statistics, table
+
+    found = statistics(dataset)
+    if png is not None:
+        picture(found, png)
+    Console().print(table(found))
+
+
+@app.command()
+def inspect(
+    dataset: Annotated[str, typer.Argument(help="A dataset folder or s3:// prefix.")],
+    key: Annotated[str, typer.Argument(help="The sample's key: 16 hexadecimal digits.")],
+    decode: Annotated[Path | None, typer.Option(help="Write the clip beside its source as this mp4 file.")] = None,
+    encoder: Annotated[str | None, typer.Option(help="The bundle whose AR-VAE made the latents, to show them.")] = None,
+) -> None:
+    """Show where a sample came from: video, span, label, shard, tools and autoencoder."""
+    from data_tools.inspect_sample import describe, find, write_clip
+
+    found = find(dataset, key)
+    view = Table(show_header=False, title=key, title_justify="left")
+    view.add_column()
+    view.add_column(overflow="fold")
+    for name, value in describe(found).items():
+        view.add_row(name, Text(value))
+    if decode is not None:
+        view.add_row(str(decode), write_clip(dataset, found, decode, encoder))
+    Console().print(view)
+
+
+@app.command()
+def gc(
+    dataset: Annotated[str, typer.Argument(help="A dataset folder or s3:// prefix.")],
+    older_than: Annotated[float, typer.Option(help="Hours; what is younger may belong to a builder at work.")] = 24.0,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only list.")] = False,
+) -> None:
+    """Remove what belongs to nothing: shards of lost races, unfinished files, stale leases and uploads."""
+    from data_tools.gc import collect
+
+    garbage = collect(dataset, older_than=older_than * 3600, dry_run=dry_run)
+    for name in garbage.names:
+        console.print(name, highlight=False, markup=False)
+    done = "would be removed" if dry_run else "removed"
+    uploads = f", {garbage.uploads} unfinished uploads aborted" if garbage.uploads else ""
+    console.print(f"{len(garbage.names)} objects, {garbage.bytes / 2**20:.1f} MiB {done}{uploads}")
+
+
+@app.command()
+def export_wids(
+    dataset: Annotated[str, typer.Argument(help="A dataset folder or s3:// prefix.")],
+    out: Annotated[str | None, typer.Option(help="Where to write. Without: wids.json in the dataset.")] = None,
+) -> None:
+    """Write the JSON shard list that readers of the wids format open."""
+    from data_tools.wids import export_wids as run_export
+
+    console.print(run_export(dataset, out), highlight=False, markup=False)
 
 
 def _portion(text: str) -> tuple[float, float]:

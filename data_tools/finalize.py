@@ -46,18 +46,30 @@ def finalize(out: Storage, plan: Plan) -> Manifest:
     if holes:
         shown = ", ".join(map(str, holes[:10])) + (", …" if len(holes) > 10 else "")
         raise DataError(f"{len(holes)} of {plan.num_shards} shards are not committed: {shown}; run build again")
-    commits = [read_commit(out, shard, plan) for shard in range(plan.num_shards)]
-    records = quarantined(plan, commits)
-    out.put(layout.QUARANTINE, "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records).encode())
+    manifest, records = fold(out, plan)
+    out.put(layout.QUARANTINE, quarantine_lines(records))
     fault.point("build.after_quarantine")
-    entries = [ShardEntry.model_validate(commit["entry"]) for commit in commits if commit["entry"] is not None]
-    if not entries:
+    # What was only needed to make the plan: nobody reads it once the plan stands.
+    for name in [layout.LISTING, *out.list(layout.PROBES)]:
+        out.delete(name)
+    if manifest is None:
         raise DataError(f"no clip of any video could be used: {top_reasons(records)}; see {layout.QUARANTINE}")
-    manifest = fold_shards(entries, **header(plan))
     fault.point("build.before_manifest")
     out.put(MANIFEST_NAME, manifest.dump())
     fault.point("build.after_manifest")
     return manifest
+
+
+def fold(out: Storage, plan: Plan) -> tuple[Manifest | None, list[dict[str, object]]]:
+    """Manifest (None when no sample is left) and quarantine records that the commits make: reads, writes nothing."""
+    commits = [read_commit(out, shard, plan) for shard in range(plan.num_shards)]
+    entries = [ShardEntry.model_validate(commit["entry"]) for commit in commits if commit["entry"] is not None]
+    return fold_shards(entries, **header(plan)) if entries else None, quarantined(plan, commits)
+
+
+def quarantine_lines(records: list[dict[str, object]]) -> bytes:
+    """``quarantine.jsonl``."""
+    return "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records).encode()
 
 
 def header(plan: Plan) -> dict[str, Any]:

@@ -27,6 +27,7 @@ from data_tools.plan import Plan, Source, make_plan, parse_sources, source_lines
 from data_tools.probe import ProbeCaps, VideoFacts
 from data_tools.probe_pool import probe_all
 from data_tools.reasons import Reason, Refusal
+from data_tools.sealed import seal, unseal
 from data_tools.shard import local_copy
 from data_tools.sources import Listed, SourceRoot, list_sources
 
@@ -57,15 +58,12 @@ class Claim:
 
 def take(out: Storage, claim: Claim) -> None:
     """Write the claim, or check that the one that stands is the same; `ConfigError` shows the difference."""
-    ours = json.dumps(claim.settings(), indent=1).encode()
+    ours = seal(claim.settings())
     if not out.exists(layout.CLAIM) and any(out.exists(name) for name in (MANIFEST_NAME, layout.PLAN)):
         raise ConfigError(f"{out.url} holds another dataset that this tool did not build; choose another --out")
     if out.create(layout.CLAIM, ours):
         return
-    try:
-        standing = json.loads(out.read(layout.CLAIM))
-    except ValueError as error:
-        raise DataError(f"{out.url}/{layout.CLAIM} is damaged: {error}") from None
+    standing = unseal(out.read(layout.CLAIM), f"{out.url}/{layout.CLAIM}")
     settings = claim.settings()
     different = [name for name in {**standing, **settings} if standing.get(name) != settings.get(name)]
     if different:
@@ -114,10 +112,10 @@ class Freezer:
         draft = make_plan(sources, self.claim.parameters, tools, created)
         fault.point("build.before_sources")
         # Another builder may have been faster: the plan is made of the sources that stand.
-        judged = parse_sources(self._create_once(layout.SOURCES, source_lines(draft.sources)))
-        plan = make_plan(judged, self.claim.parameters, tools, created)
+        lines = self._create_once(layout.SOURCES, source_lines(draft.sources))
+        plan = make_plan(parse_sources(lines), self.claim.parameters, tools, created)
         fault.point("build.before_plan")
-        self._create_once(layout.PLAN, plan.dump())
+        self._create_once(layout.PLAN, plan.dump(lines))
         fault.point("build.after_plan")
         return load_plan(self.out) or plan
 
@@ -233,7 +231,7 @@ def load_plan(out: Storage) -> Plan | None:
         data = out.read(layout.PLAN)
     except MissingObjectError:
         return None
-    return Plan.load(data, parse_sources(out.read(layout.SOURCES)))
+    return Plan.load(data, out.read(layout.SOURCES))
 
 
 def _answered(source: Source, answer: VideoFacts | Refusal) -> Source:

@@ -18,6 +18,7 @@ from ardist.errors import DataError
 from data_tools.parameters import BuildParameters
 from data_tools.probe import VideoFacts
 from data_tools.reasons import Reason, Refusal
+from data_tools.sealed import seal, unseal
 from data_tools.timing import clip_starts
 
 FORMAT, VERSION = "ardist-plan", 1
@@ -102,7 +103,7 @@ class Plan:
     def __post_init__(self) -> None:
         found = self._content_digest()
         if self.digest and self.digest != found:
-            raise DataError(f"the plan's content has digest {found[:12]}, its header says {self.digest[:12]}: damaged")
+            raise DataError(f"plan.jsonl is damaged: its rows have digest {found[:12]}, it says {self.digest[:12]}")
         self.digest = found
 
     @property
@@ -141,12 +142,13 @@ class Plan:
         rows = hashlib.sha256(np.ascontiguousarray(self.rows, "<i8").tobytes()).hexdigest()
         return canonical_digest([FORMAT, VERSION, self.parameters.model_dump(mode="json"), videos, rows, self.tools])
 
-    def dump(self) -> bytes:
-        """``plan.jsonl``: a header line, then one line per row."""
+    def dump(self, sources: bytes) -> bytes:
+        """``plan.jsonl``: a sealed header line, then one line per row; `sources` is the ``sources.jsonl`` it is for."""
         header = {
             "format": FORMAT,
             "version": VERSION,
-            "digest": self.digest,
+            "plan": self.digest,
+            "sources_sha256": hashlib.sha256(sources).hexdigest(),
             "created": self.created,
             "parameters": self.parameters.model_dump(mode="json"),
             "tools": self.tools,
@@ -154,25 +156,28 @@ class Plan:
             "shards": self.num_shards,
             "classes": self.classes,
         }
-        lines = [json.dumps(header)]
-        lines += [f'{{"source":{source},"start":{start}}}' for source, start in self.rows.tolist()]
-        return ("\n".join(lines) + "\n").encode()
+        lines = [f'{{"source":{source},"start":{start}}}\n' for source, start in self.rows.tolist()]
+        return seal(header) + b"\n" + "".join(lines).encode()
 
     @classmethod
-    def load(cls, data: bytes, sources: list[Source]) -> Plan:
-        """Read ``plan.jsonl``; raises `DataError` when it does not match its digest."""
-        lines = data.decode().splitlines()
+    def load(cls, data: bytes, sources: bytes) -> Plan:
+        """Read ``plan.jsonl`` with its ``sources.jsonl``; raises `DataError` unless both are what was frozen."""
+        first, _, rest = data.partition(b"\n")
+        header = unseal(first, "plan.jsonl")
+        if (header.get("format"), header.get("version")) != (FORMAT, VERSION):
+            raise DataError(f"plan.jsonl has version {header.get('version')}; this program reads version {VERSION}")
+        if hashlib.sha256(sources).hexdigest() != header["sources_sha256"]:
+            raise DataError("sources.jsonl is damaged: it is not the one that plan.jsonl was made of")
         try:
-            header = json.loads(lines[0])
-            if (header["format"], header["version"]) != (FORMAT, VERSION):
-                raise DataError(f"plan.jsonl has version {header['version']}; this program reads version {VERSION}")
-            rows = np.array([(row["source"], row["start"]) for row in map(json.loads, lines[1:])], np.int64)
+            rows = [(row["source"], row["start"]) for row in map(json.loads, rest.decode().splitlines())]
+            table = np.array(rows, np.int64).reshape(-1, 2)
             parameters = BuildParameters.model_validate(header["parameters"])
-            return cls(
-                parameters, sources, rows.reshape(-1, 2), header["tools"], header["created"], digest=header["digest"]
-            )
+            plan = cls(parameters, parse_sources(sources), table, header["tools"], header["created"], header["plan"])
         except (ValueError, KeyError, IndexError, TypeError) as error:
             raise DataError(f"plan.jsonl is damaged: {error}") from None
+        if plan.dump(sources) != data:
+            raise DataError("plan.jsonl is damaged: it does not read back to the same bytes")
+        return plan
 
 
 def clip_rate(facts: VideoFacts, parameters: BuildParameters) -> Fraction:

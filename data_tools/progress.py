@@ -162,6 +162,8 @@ def summary_table(summary: Summary) -> Table:
     manifest = summary.manifest
     title = "already finished" if summary.reused else f"built in {summary.seconds:.1f} s"
     table = Table(title=f"{summary.url}: {title}", show_header=False, title_justify="left")
+    table.add_column()
+    table.add_column(overflow="fold")
     rows = {
         "samples": f"{manifest.num_samples} {manifest.kind} {manifest.dtype} {list(manifest.shape)}",
         "shards": f"{len(manifest.shards)} ({manifest.num_bytes / 2**20:.1f} MiB)",

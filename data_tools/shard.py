@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import tempfile
 import time
@@ -27,6 +26,7 @@ from data_tools.encode import Encoder, Stored
 from data_tools.frame_stream import Frames
 from data_tools.plan import Clip, Plan, jobs_of, shown_name
 from data_tools.reasons import Refusal
+from data_tools.sealed import seal, unseal
 from data_tools.sources import SourceRoot
 
 
@@ -87,7 +87,7 @@ class ShardBuilder:
             self._upload(entry)
         fault.point("build.before_commit")
         name = layout.commit_name(shard)
-        if self.out.create(name, json.dumps(commit, separators=(",", ":")).encode()):
+        if self.out.create(name, seal(commit)):
             fault.point("build.after_commit")
             return commit
         standing = read_commit(self.out, shard, self.plan)
@@ -227,12 +227,9 @@ class local_copy:
 def read_commit(out: Storage, shard: int, plan: Plan) -> dict[str, Any]:
     """A shard's commit; raises `DataError` when it belongs to another plan or is damaged."""
     name = layout.commit_name(shard)
-    try:
-        commit: dict[str, Any] = json.loads(out.read(name))
-        if commit["shard"] != shard:
-            raise DataError(f"{out.url}/{name} is the commit of shard {commit['shard']}")
-        if commit["plan"] != plan.digest:
-            raise DataError(f"{out.url}/{name} belongs to plan {commit['plan'][:12]}, this is plan {plan.digest[:12]}")
-    except (ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{out.url}/{name} is damaged: {error}") from None
+    commit = unseal(out.read(name), f"{out.url}/{name}")
+    if commit["shard"] != shard:
+        raise DataError(f"{out.url}/{name} is the commit of shard {commit['shard']}")
+    if commit["plan"] != plan.digest:
+        raise DataError(f"{out.url}/{name} belongs to plan {commit['plan'][:12]}, this is plan {plan.digest[:12]}")
     return commit
