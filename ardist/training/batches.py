@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -34,14 +34,19 @@ class DeviceCopy:
         return replace(batch, **moved)
 
 
-def micro_batches(batch: Batch, size: int) -> Iterator[Batch]:
-    """Consecutive equal parts of a batch, as views."""
-    count = len(batch.sample_ids)
+def cut(inputs: Mapping[str, torch.Tensor], size: int) -> Iterator[dict[str, torch.Tensor]]:
+    """Consecutive equal parts, as views, of tensors with one row per sample."""
+    count = len(next(iter(inputs.values())))
     if count % size:
         raise ValueError(f"a batch of {count} samples cannot be cut into micro-batches of {size}")
-    tensors = _tensors(batch)
     for first in range(0, count, size):
-        yield replace(batch, **{name: value[first : first + size] for name, value in tensors.items()})
+        yield {name: value[first : first + size] for name, value in inputs.items()}
+
+
+def single_clips(batch: Batch) -> Iterator[Batch]:
+    """The samples of a batch one by one, as batches of one."""
+    for part in cut(_tensors(batch), 1):
+        yield replace(batch, **cast(dict[str, Any], part))
 
 
 def _tensors(batch: Batch) -> dict[str, Any]:

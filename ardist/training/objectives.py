@@ -35,10 +35,16 @@ from ardist.models.parallelize import parallelize
 Forward = Callable[..., Any]
 """A model's forward pass, be it the module itself or an engine around it."""
 
+Inputs = dict[str, Tensor]
+"""What a micro-batch is made of: tensors with one row per sample."""
+
 VALIDATION_SEED = 0
 """Held-out noise and staircases are the same for every run, so that runs can be compared."""
 
 TIMESTEP_BUCKETS = 10
+
+CONDITION = ("context", "class_ids", "context_dropped")
+"""Keyword arguments of the denoiser."""
 
 
 class Objective(Protocol):
@@ -50,8 +56,11 @@ class Objective(Protocol):
     def build_model(self) -> nn.Module:
         """The model in fp32 on the host, with activation checkpointing and compilation as configured."""
 
-    def loss(self, forward: Forward, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """Loss of a micro-batch that lies on the device, and detached numbers or vectors to average and log."""
+    def prepare(self, batch: Batch) -> Inputs:
+        """All that is random about a rank's batch, drawn at once on the device, before it is cut."""
+
+    def loss(self, forward: Forward, inputs: Inputs) -> tuple[Tensor, dict[str, Tensor]]:
+        """Loss of a micro-batch, and detached numbers or vectors to average and log."""
 
     def evaluate(self, forward: Forward, clip: Batch) -> dict[str, list[float]]:
         """Held-out measures of one clip as flat lists; equal on every rank that computes them."""
@@ -81,6 +90,7 @@ class DenoiserObjective:
         self.schedule = NoiseSchedule.create(self.diffusion.schedule, self.diffusion.num_timesteps).to(device)
         frames, tokens, _ = manifest.shape
         self.num_frames = frames
+        self._conditional = self.model_config.num_classes is not None or self.model_config.context_tokens > 0
         self.tokens_per_clip = frames * tokens
         self.flops_per_clip: float | None = float(denoiser_flops(self.model_config, frames).training)
 
@@ -93,20 +103,25 @@ class DenoiserObjective:
             compile=training.compile,
         )
 
-    def loss(self, forward: Forward, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """Mean squared error per frame, weighted as configured."""
+    def prepare(self, batch: Batch) -> Inputs:
+        """Noisy latents, their timesteps, what the network must return, and its condition."""
+        key: dict[str, Any] = {"seed": self.config.seed, "epoch": batch.epoch, "sample_ids": batch.sample_ids}
         x0 = batch.values.float()
         timesteps = self._timesteps(batch.sample_ids, batch.epoch)
-        eps = counter_rng.normal(
-            self.config.seed, batch.epoch, batch.sample_ids, Purpose.NOISE, tuple(x0.shape[1:]), dtype=x0.dtype
-        )
-        dropped = condition_dropout(
-            self.diffusion.condition_dropout, seed=self.config.seed, epoch=batch.epoch, sample_ids=batch.sample_ids
-        )
-        frame_losses = self._frame_losses(forward, batch, x0, eps, timesteps, dropped)
-        gamma = self.diffusion.min_snr_gamma
-        weights = None if gamma is None else min_snr_weights(self.schedule, self.diffusion.target, timesteps, gamma)
-        return diffusion_loss(frame_losses, timestep_weights=weights), {"loss_per_frame": loss_by_frame(frame_losses)}
+        eps = counter_rng.normal(**key, purpose=Purpose.NOISE, shape=tuple(x0.shape[1:]))
+        dropped = condition_dropout(self.diffusion.condition_dropout, **key) if self._conditional else None
+        inputs = self._inputs(x0, eps, timesteps, self._condition(batch, len(x0), dropped))
+        if self.diffusion.min_snr_gamma is not None:
+            inputs["weights"] = min_snr_weights(
+                self.schedule, self.diffusion.target, timesteps, self.diffusion.min_snr_gamma
+            )
+        return inputs
+
+    def loss(self, forward: Forward, inputs: Inputs) -> tuple[Tensor, dict[str, Tensor]]:
+        """Mean squared error per frame, weighted as configured."""
+        frame_losses = _frame_losses(forward, inputs)
+        loss = diffusion_loss(frame_losses, timestep_weights=inputs.get("weights"))
+        return loss, {"loss_per_frame": loss_by_frame(frame_losses)}
 
     def evaluate(self, forward: Forward, clip: Batch) -> dict[str, list[float]]:
         """Loss of every frame at each of the fixed FoPP staircases, its timestep, and the loss of predicting zero."""
@@ -131,9 +146,9 @@ class DenoiserObjective:
             noises.append(counter_rng.normal(VALIDATION_SEED, number, ids, Purpose.NOISE, shape))
         timesteps, eps = torch.cat(staircases), torch.cat(noises)
         x0 = clip.values.float().expand(count, *clip.values.shape[1:])
-        losses = self._frame_losses(forward, clip, x0, eps, timesteps, None)
-        target = self.schedule.target(self.diffusion.target, x0, eps, timesteps)
-        zero = per_frame_mse(torch.zeros_like(target), target)
+        inputs = self._inputs(x0, eps, timesteps, self._condition(clip, count, None))
+        losses = _frame_losses(forward, inputs)
+        zero = per_frame_mse(torch.zeros_like(inputs["target"]), inputs["target"])
         return {
             "loss": losses.flatten().tolist(),
             "predict_zero": zero.flatten().tolist(),
@@ -181,15 +196,16 @@ class DenoiserObjective:
             sample_ids=sample_ids,
         )
 
-    def _frame_losses(
-        self, forward: Forward, batch: Batch, x0: Tensor, eps: Tensor, timesteps: Tensor, dropped: Tensor | None
-    ) -> Tensor:
-        noisy = self.schedule.add_noise(x0, eps, timesteps)
-        prediction = forward(noisy, timesteps, **self._condition(batch, len(x0), dropped))
-        return per_frame_mse(prediction, self.schedule.target(self.diffusion.target, x0, eps, timesteps))
+    def _inputs(self, x0: Tensor, eps: Tensor, timesteps: Tensor, condition: Inputs) -> Inputs:
+        return {
+            "noisy": self.schedule.add_noise(x0, eps, timesteps),
+            "timesteps": timesteps,
+            "target": self.schedule.target(self.diffusion.target, x0, eps, timesteps),
+            **condition,
+        }
 
-    def _condition(self, batch: Batch, rows: int, dropped: Tensor | None) -> dict[str, Tensor]:
-        condition: dict[str, Tensor] = {}
+    def _condition(self, batch: Batch, rows: int, dropped: Tensor | None) -> Inputs:
+        condition: Inputs = {}
         if self.model_config.num_classes is not None and batch.class_ids is not None:
             ids, null = batch.class_ids.expand(rows), self.model_config.num_classes
             without = ids < 0 if dropped is None else (ids < 0) | dropped
@@ -199,6 +215,11 @@ class DenoiserObjective:
             if dropped is not None:
                 condition["context_dropped"] = dropped
         return condition
+
+
+def _frame_losses(forward: Forward, inputs: Inputs) -> Tensor:
+    condition = {name: inputs[name] for name in CONDITION if name in inputs}
+    return per_frame_mse(forward(inputs["noisy"], inputs["timesteps"], **condition), inputs["target"])
 
 
 class AutoencoderObjective:
@@ -217,16 +238,20 @@ class AutoencoderObjective:
         model.set_activation_checkpointing(self.config.training.activation_checkpointing != "none")
         return model
 
-    def loss(self, forward: Forward, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+    def prepare(self, batch: Batch) -> Inputs:
+        """The pixels as they are stored: one byte each until their micro-batch's turn comes."""
+        return {"pixels": batch.values}
+
+    def loss(self, forward: Forward, inputs: Inputs) -> tuple[Tensor, dict[str, Tensor]]:
         """Mean absolute error over pixels in [0, 1]."""
-        frames = _frames(batch)
+        frames = _frames(inputs["pixels"])
         reconstruction, _ = forward(frames)
         error = (reconstruction - frames).abs().mean()
         return error, {"l1": error.detach()}
 
     def evaluate(self, forward: Forward, clip: Batch) -> dict[str, list[float]]:
         """Mean absolute and mean squared error of every frame."""
-        frames = _frames(clip)
+        frames = _frames(clip.values)
         reconstruction, _ = forward(frames)
         error = (reconstruction.clamp(0.0, 1.0) - frames).flatten(2)
         return {"l1": error.abs().mean(dim=2).flatten().tolist(), "mse": error.square().mean(dim=2).flatten().tolist()}
@@ -248,6 +273,6 @@ class AutoencoderObjective:
         return {}
 
 
-def _frames(batch: Batch) -> Tensor:
+def _frames(pixels: Tensor) -> Tensor:
     """uint8 [m, F, H, W, 3] to float [m, F, 3, H, W] in [0, 1]."""
-    return batch.values.permute(0, 1, 4, 2, 3).float() / 255.0
+    return pixels.permute(0, 1, 4, 2, 3).float() / 255.0

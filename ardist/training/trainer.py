@@ -17,7 +17,7 @@ from ardist.data.loader import StreamingLoader
 from ardist.data.manifest import Manifest
 from ardist.errors import ConfigError, Preempted
 from ardist.training import distributed
-from ardist.training.batches import DeviceCopy, micro_batches
+from ardist.training.batches import DeviceCopy, cut
 from ardist.training.callbacks import Callback
 from ardist.training.callbacks.checkpoints import Checkpoints
 from ardist.training.callbacks.metrics import MetricsLog
@@ -148,10 +148,7 @@ class Trainer:
         self.stopping = self.stop_after_reached()
 
         while self.step < self.total_steps and not self.stopping:
-            self.train_step()
-            self.stopping = self.stop.agreed() or self.stop_after_reached()
-            for callback in self.callbacks:
-                callback.after_step(self)
+            self.advance()
 
         self.stop.drain()
         for callback in self.callbacks:
@@ -164,6 +161,13 @@ class Trainer:
         if self.world.is_main:
             _log.info("finished %d steps; checkpoint and summary are in %s", self.step, self.run.path)
 
+    def advance(self) -> None:
+        """One step and everything that follows it."""
+        self.train_step()
+        self.stopping = self.stop.agreed() or self.stop_after_reached()
+        for callback in self.callbacks:
+            callback.after_step(self)
+
     def train_step(self) -> None:
         """One optimiser step over the global batch."""
         with self.window.waiting_for_data():
@@ -171,8 +175,8 @@ class Trainer:
         fault.point("trainer.batch")
         self.sample_ids, self.epoch, self.losses = batch.sample_ids, batch.epoch, []
 
-        for micro in micro_batches(self.to_device(batch), self.engine.micro_batch_size):
-            loss, metrics = self.objective.loss(self.engine, micro)
+        for micro_batch in cut(self.objective.prepare(self.to_device(batch)), self.engine.micro_batch_size):
+            loss, metrics = self.objective.loss(self.engine, micro_batch)
             if fault.point("trainer.loss") is not None:
                 loss = loss * math.nan
             self.engine.backward(loss)

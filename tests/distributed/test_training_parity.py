@@ -58,6 +58,14 @@ def test_stages_and_ranks_have_one_loss_curve(
     assert losses(tmp_path)[-1] < 0.9 * losses(tmp_path)[0]
 
 
+@pytest.mark.parametrize("stage", [1, 2])
+def test_the_device_guard_trains_like_deepspeeds_own(
+    tmp_path: Path, data: Path, uninterrupted: Path, stage: int
+) -> None:
+    train_on(2, tmp_path, data, training__zero_stage=stage, training__guard="device")
+    assert losses(tmp_path) == pytest.approx(losses(uninterrupted), abs=1e-5)
+
+
 def test_micro_batch_size_does_not_change_the_loss_curve(tmp_path: Path, data: Path, uninterrupted: Path) -> None:
     train_on(2, tmp_path, data, training__micro_batch_size=4)
     assert losses(tmp_path) == pytest.approx(losses(uninterrupted), abs=1e-5)

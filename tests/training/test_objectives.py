@@ -13,7 +13,7 @@ from tiny import tiny_config, write_latents, write_pixels
 from ardist.data.batch import Batch
 from ardist.data.loader import read_samples
 from ardist.data.manifest import load_manifest
-from ardist.training.batches import micro_batches
+from ardist.training.batches import cut, single_clips
 from ardist.training.objectives import AutoencoderObjective, DenoiserObjective
 
 CPU = torch.device("cpu")
@@ -28,6 +28,16 @@ def denoiser_objective(data: Path, **changes: Any) -> DenoiserObjective:
     return DenoiserObjective(tiny_config(data, data, denoiser__num_classes=4, **changes), load_manifest(str(data)), CPU)
 
 
+def run(objective: Any, forward: Any, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """The loss of a batch in one piece."""
+    result: tuple[torch.Tensor, dict[str, torch.Tensor]] = objective.loss(forward, objective.prepare(batch))
+    return result
+
+
+def whole_loss(objective: Any, model: Any, batch: Batch) -> float:
+    return run(objective, model, batch)[0].item()
+
+
 class Recorder:
     """A stand-in for the network that predicts zero and keeps what it was asked."""
 
@@ -40,7 +50,7 @@ class Recorder:
 
 
 def test_predicting_zero_costs_a_quarter_on_unit_tokens(data: Path) -> None:
-    loss, metrics = denoiser_objective(data).loss(Recorder(), read_samples(data))
+    loss, metrics = run(denoiser_objective(data), Recorder(), read_samples(data))
     assert float(loss) == pytest.approx(0.25, abs=1e-3)
     assert metrics["loss_per_frame"].shape == (4,)
 
@@ -53,7 +63,7 @@ def test_loss_is_the_same_for_every_split_and_order(data: Path, law: Any, gamma:
     model = objective.build_model()
     torch.nn.init.normal_(model.output.weight, std=0.3)  # type: ignore[union-attr, arg-type]
     batch = replace(read_samples(data), epoch=3)
-    whole = objective.loss(model, batch)[0].item()
+    whole = whole_loss(objective, model, batch)
     order = torch.randperm(16, generator=torch.Generator().manual_seed(1))
     assert batch.class_ids is not None
     shuffled = replace(
@@ -61,9 +71,9 @@ def test_loss_is_the_same_for_every_split_and_order(data: Path, law: Any, gamma:
     )
     for other in (batch, shuffled):
         for size in (2, 8, 16):
-            parts = [objective.loss(model, micro)[0].item() for micro in micro_batches(other, size)]
+            parts = [objective.loss(model, part)[0].item() for part in cut(objective.prepare(other), size)]
             assert sum(parts) / len(parts) == pytest.approx(whole, abs=1e-6)
-    assert objective.loss(model, replace(batch, epoch=4))[0].item() != pytest.approx(whole, abs=1e-4)
+    assert whole_loss(objective, model, replace(batch, epoch=4)) != pytest.approx(whole, abs=1e-4)
 
 
 def test_what_the_network_sees_is_keyed_by_sample_epoch_and_seed(data: Path) -> None:
@@ -71,7 +81,7 @@ def test_what_the_network_sees_is_keyed_by_sample_epoch_and_seed(data: Path) -> 
     seen = {}
     for name, seed, epoch in (("a", 0, 1), ("again", 0, 1), ("epoch", 0, 2), ("seed", 1, 1)):
         recorder = Recorder()
-        denoiser_objective(data, seed=seed).loss(recorder, replace(batch, epoch=epoch))
+        run(denoiser_objective(data, seed=seed), recorder, replace(batch, epoch=epoch))
         seen[name] = recorder.calls[0]
     assert all(torch.equal(seen["a"][key], seen["again"][key]) for key in seen["a"])
     for other in ("epoch", "seed"):
@@ -86,18 +96,18 @@ def test_dropped_and_missing_labels_become_the_null_class(data: Path) -> None:
     batch = replace(batch, class_ids=torch.where(torch.arange(16) == 5, -1, batch.class_ids))
     recorder = Recorder()
     for dropout in (0.0, 1.0, 0.5):
-        denoiser_objective(data, diffusion__condition_dropout=dropout).loss(recorder, batch)
+        run(denoiser_objective(data, diffusion__condition_dropout=dropout), recorder, batch)
     none, every, some = (call["class_ids"] for call in recorder.calls)
     assert none.tolist() == [4 if i == 5 else i % 3 for i in range(16)]
     assert every.tolist() == [4] * 16
     assert 2 < int((some == 4).sum()) < 14
-    denoiser_objective(data).evaluate(recorder, next(iter(micro_batches(read_samples(data), 1))))
+    denoiser_objective(data).evaluate(recorder, next(single_clips(read_samples(data))))
     assert recorder.calls[-1]["class_ids"].tolist() == [0] * 8, "nothing is dropped when held-out clips are measured"
 
 
 def test_validation_of_predict_zero_is_one(data: Path) -> None:
     objective = denoiser_objective(data, validation__staircases=3)
-    clips = [objective.evaluate(Recorder(), clip) for clip in micro_batches(read_samples(data), 1)]
+    clips = [objective.evaluate(Recorder(), clip) for clip in single_clips(read_samples(data))]
     record = objective.summarise(clips)
     assert record["fraction_of_predict_zero"] == pytest.approx(1.0)
     assert record["clips"] == 16
@@ -119,15 +129,15 @@ def test_autoencoder_loss_is_the_mean_absolute_error_in_zero_to_one(tmp_path: Pa
         assert frames.shape[2:] == (3, 16, 16)
         return torch.full_like(frames, 0.5), None
 
-    loss, _ = objective.loss(grey, batch)
+    loss, _ = run(objective, grey, batch)
     expected = (batch.values.double() / 255 - 0.5).abs().mean()
     assert float(loss) == pytest.approx(float(expected), abs=1e-6)
-    record = objective.summarise([objective.evaluate(grey, clip) for clip in micro_batches(batch, 1)])
+    record = objective.summarise([objective.evaluate(grey, clip) for clip in single_clips(batch)])
     assert record["l1"] == pytest.approx(float(expected), abs=1e-6)
     mse = (batch.values.double() / 255 - 0.5).square().flatten(1).mean(dim=1)
     assert record["psnr"] == pytest.approx(float((-10 * mse.log10()).mean()), abs=1e-4)
 
 
-def test_a_batch_that_cannot_be_cut_evenly_is_refused(data: Path) -> None:
+def test_a_batch_that_cannot_be_cut_evenly_is_refused() -> None:
     with pytest.raises(ValueError, match="16 samples cannot be cut into micro-batches of 5"):
-        next(micro_batches(read_samples(data), 5))
+        next(cut({"x": torch.zeros(16)}, 5))

@@ -11,7 +11,7 @@ import torch
 from ardist.data.batch import Batch
 from ardist.data.loader import read_samples
 from ardist.data.manifest import load_manifest
-from ardist.training.batches import DeviceCopy, micro_batches
+from ardist.training.batches import DeviceCopy, single_clips
 from ardist.training.callbacks.base import Callback
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ class Validation(Callback):
         self._indices = [world.rank + world.size * turn for turn in range(rounds)]
         wanted = [min(index, self._count - 1) * total // self._count for index in self._indices]
         batch = DeviceCopy(world.device)(read_samples(settings.path, wanted))
-        self._clips = list(micro_batches(batch, 1))
+        self._clips = list(single_clips(batch))
 
     def after_step(self, trainer: Trainer) -> None:
         if trainer.step % trainer.config.validation.every == 0 or trainer.step == trainer.total_steps:
