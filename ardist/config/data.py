@@ -4,15 +4,26 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from ardist.config.base import Section
+
+
+class DatasetShare(Section):
+    """One dataset of a mixture."""
+
+    path: str = Field(min_length=1, description="dataset folder or s3:// prefix that holds manifest.json")
+    weight: float = Field(gt=0, lt=float("inf"), description="share relative to the sum of all weights")
 
 
 class DataConfig(Section):
     """Which dataset is read and in which order (DATA: fixed lanes)."""
 
-    path: str = Field(description="dataset folder or s3:// prefix that holds manifest.json")
+    path: str = Field("", description="dataset folder or s3:// prefix that holds manifest.json")
+    mixture: tuple[DatasetShare, ...] = Field((), description="several datasets by weight, instead of one path")
+    mixture_by: Literal["sample", "step"] = Field(
+        "sample", description="step: every step is of one dataset, whose number of frames may be its own"
+    )
     lanes: int = Field(8, ge=1, description="L, fixed for the life of a run; divides the global batch size")
     window: int = Field(256, ge=1, description="W, samples of one shuffle window of a lane")
     fetch_threads: int = Field(2, ge=1, le=16)
@@ -23,3 +34,12 @@ class DataConfig(Section):
     missing_shards: Literal["fail", "substitute"] = Field(
         "fail", description="fail: stop at the start and list them; substitute: serve other samples in their place"
     )
+
+    @model_validator(mode="after")
+    def _one_or_several(self) -> DataConfig:
+        if bool(self.path) == bool(self.mixture):
+            raise ValueError("exactly one of data.path and data.mixture names what is read")
+        paths = [part.path for part in self.mixture]
+        if len(set(paths)) != len(paths):
+            raise ValueError("data.mixture names a dataset twice; add its weights instead")
+        return self

@@ -23,6 +23,8 @@ STATE_VERSION: Final = 1
 _BLOCKS_PER_LANE: Final = 4
 _CACHED_WINDOWS: Final = 8
 _TRIES_IN_WINDOW: Final = 32
+_WHOLE_TABLE: Final = 2**16
+"""Up to this many samples of a window, the permutations of all lanes are made at once, whichever are asked for."""
 
 
 class Places(NamedTuple):
@@ -77,6 +79,17 @@ def _short(num_samples: int, lanes: int) -> str:
     if lanes > num_samples:
         return f"none with {lanes} lanes (at most {num_samples} lanes can be filled)"
     return f"multiples of {lanes} up to {num_samples // lanes * lanes}"
+
+
+def check_rank(rank: int, world_size: int) -> None:
+    """Refuse a rank outside its world with a `ConfigError`."""
+    if not 0 <= rank < world_size:
+        raise ConfigError(f"rank {rank} is not one of {world_size} ranks (0..{world_size - 1})")
+
+
+def batch_start(epoch: int, consumed: int, count: int, stream_length: int) -> tuple[int, int]:
+    """(epoch, consumed) where a batch of `count` begins: here, or in the next epoch where it does not fit any more."""
+    return (epoch + 1, 0) if consumed + count > stream_length else (epoch, consumed)
 
 
 class LaneOrder:
@@ -157,6 +170,8 @@ class LaneOrder:
         if self.window == 1 or not len(lane):
             return offset
         low, high = int(lane.min()), int(lane.max()) + 1
+        if self.lanes * self.window <= _WHOLE_TABLE:
+            low, high = 0, self.lanes
         window = offset // self.window
         result = np.empty_like(offset)
         for number in range(int(window.min()), int(window.max()) + 1):
@@ -230,12 +245,6 @@ class Cursor:
     window: int
     epoch: int = 0
     consumed: int = 0
-
-    def before_batch(self, stream_length: int, count: int) -> tuple[int, int]:
-        """(epoch, consumed) where a batch of `count` begins: here, or at the start of the next epoch."""
-        if self.consumed + count > stream_length:
-            return self.epoch + 1, 0
-        return self.epoch, self.consumed
 
     def state_dict(self) -> dict[str, Any]:
         """About 150 bytes of JSON."""

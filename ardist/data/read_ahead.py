@@ -17,38 +17,37 @@ _log = logging.getLogger("ardist.data")
 
 
 class ReadAhead:
-    """Calls `prepare(shard, first row, last row)` in its own threads for the window after the one being read.
+    """Calls `prepare(shard, first row, last row)` in its own threads for the window after the one that is read.
 
-    lanes: those of this rank. prepare: opens, fetches and advises; what it raises is met again, and reported, by the
+    prepare: opens, fetches and advises; what it raises is met again, and reported, by the
     read that needs the data.
     """
 
     def __init__(
         self,
         order: LaneOrder,
-        lanes: range,
         prepare: Callable[[int, int, int], None],
         threads: int,
         lock: threading.Lock,
     ) -> None:
-        self._order, self._lanes, self._prepare, self._lock = order, lanes, prepare, lock
+        self._order, self._prepare, self._lock = order, prepare, lock
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="ardist-fetch")
-        self._at: tuple[int, int] | None = None
+        self._at: tuple[int, int, range] | None = None
 
-    def advance(self, epoch: int, offset: int) -> None:
-        """Reading has come to `offset` of every lane in `epoch`; called in order, by one thread at a time."""
+    def advance(self, epoch: int, offset: int, lanes: range) -> None:
+        """Reading has come to `offset` of these lanes in `epoch`; called in order, by one thread at a time."""
         window = offset // self._order.window
-        if self._at == (epoch, window):
+        if self._at == (epoch, window, lanes):
             return
         if self._at is None:
-            self._submit(epoch, window)
-        self._at = epoch, window
+            self._submit(epoch, window, lanes)
+        self._at = epoch, window, lanes
         last = (self._order.lane_length - 1) // self._order.window
-        self._submit(*((epoch, window + 1) if window < last else (epoch + 1, 0)))
+        self._submit(*((epoch, window + 1) if window < last else (epoch + 1, 0)), lanes)
 
-    def _submit(self, epoch: int, window: int) -> None:
+    def _submit(self, epoch: int, window: int, lanes: range) -> None:
         with self._lock:
-            places = self._order.window_places(epoch, window, self._lanes)
+            places = self._order.window_places(epoch, window, lanes)
         for shard, first, last in runs(places):
             self._pool.submit(self._one, shard, first, last)
 

@@ -28,6 +28,8 @@ _LOOK_UP_EACH: Final = 1000
 class RemoteSource(ShardSource):
     """Shards of an object store. Whole shards must have their sha256, parts are checked sample by sample."""
 
+    looks_are_free = False
+
     def __init__(self, storage: Storage, manifest: Manifest, cache: DiskCache) -> None:
         super().__init__(storage, manifest)
         self._cache = cache
@@ -156,10 +158,10 @@ class RemoteSource(ShardSource):
         }
 
 
-def open_source(config: DataConfig, manifest: Manifest) -> ShardSource:
-    """Where the shards of `config.path` are read from: in place on this machine, else through the cache."""
-    storage = open_storage(config.path)
-    if not is_remote(config.path):
+def open_source(config: DataConfig, path: str, manifest: Manifest) -> ShardSource:
+    """Where the shards of the dataset at `path` are read from: in place on this machine, else through the cache."""
+    storage = open_storage(path)
+    if not is_remote(path):
         return LocalSource(storage, manifest)
     directory = Path(config.cache_dir).expanduser() if config.cache_dir else default_cache_dir()
     return RemoteSource(storage, manifest, DiskCache(directory, config.cache_bytes))

@@ -39,6 +39,9 @@ class ShardSource(ABC):
     A shard is read in `parts`: runs of its samples that are fetched at once.
     """
 
+    looks_are_free = True
+    """Whether every rank may ask for the sizes of all files."""
+
     def __init__(self, storage: Storage, manifest: Manifest) -> None:
         self.storage, self.manifest = storage, manifest
 

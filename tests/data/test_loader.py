@@ -85,7 +85,7 @@ def test_random_kills_and_resizes_through_real_files(dataset: Path) -> None:
         places = order.take(epoch, 0, order.stream_length)
         numbers = (FIRST[places.shards] + places.rows).reshape(4, -1).T.reshape(-1)
         streams.append(numbers.tolist())
-    for number in range(200):
+    for number in range(100):
         rng = random.Random(number)
         state: dict[str, Any] | None = None
         got: list[list[int]] = [[], [], [], []]

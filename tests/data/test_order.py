@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ardist.data.keyed import Domain, below, derive_key, permutation
-from ardist.data.order import Cursor, LaneOrder, check_layout, divisors
+from ardist.data.order import Cursor, LaneOrder, batch_start, check_layout, divisors
 from ardist.errors import CheckpointError, ConfigError
 
 SCHEDULES = int(os.environ.get("ARDIST_ORDER_SCHEDULES", "10000"))
@@ -113,7 +113,7 @@ def run_schedule(rng: random.Random) -> None:
             cursor.load_state_dict(state)
             order = LaneOrder(counts, seed=seed, lanes=lanes, window=window)
             batch = rng.choice(batches) if resize else batch
-        epoch, consumed = cursor.before_batch(order.stream_length, batch)
+        epoch, consumed = batch_start(cursor.epoch, cursor.consumed, batch, order.stream_length)
         if epoch == 2:
             break
         ranks = rng.choice([number for number in divisors(batch) if number <= 6])

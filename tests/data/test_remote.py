@@ -132,7 +132,7 @@ def test_faults_of_the_way_are_ridden_out(
     config = DataConfig(path=remote, lanes=4, window=10, prefetch_bytes=2**20, cache_dir=str(cache), fetch_threads=1)
     loader = StreamingLoader(config, seed=3, global_batch_size=12, manifest=manifest)
     for number in range(3):  # the indexes, so that the faults below strike shards
-        loader._reader._table.shard(number)
+        loader.streams[0]._reader._table.shard(number)
     proxy.script += [("GET", fault) for fault in script]
     assert serve(loader) == expected
     assert proxy.script == []
@@ -159,9 +159,9 @@ def test_an_object_replaced_between_two_parts_is_noticed(
     entry = load_manifest(local).shards[0]
     storage, good = open_storage(remote), (local / entry.name).read_bytes()
     loader = open_loader(remote, cache)
-    loader._reader._table.part(0, 0)
+    loader.streams[0]._reader._table.part(0, 0)
     storage.put(entry.name, good)  # the same bytes again are no harm, whatever their version
-    loader._reader._table.part(0, 39)
+    loader.streams[0]._reader._table.part(0, 39)
     storage.put(entry.name, bytes(byte ^ 1 for byte in good))
     numbers = serve(loader)
     assert len(numbers) == 120

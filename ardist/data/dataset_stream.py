@@ -1,0 +1,138 @@
+"""One dataset as a stream: its order, and its samples verified, substituted and read ahead."""
+
+from __future__ import annotations
+
+import resource
+import threading
+from collections.abc import Mapping
+
+import numpy as np
+
+from ardist.config.data import DataConfig
+from ardist.data.batch import RowBuffer
+from ardist.data.errors import ShardError
+from ardist.data.health import Substitution
+from ardist.data.manifest import Manifest
+from ardist.data.order import LaneOrder, Places
+from ardist.data.read_ahead import ReadAhead
+from ardist.data.reader import SampleReader
+from ardist.data.remote_source import open_source
+from ardist.data.source import missing_or_resized
+from ardist.errors import DataError
+from ardist.events import events
+
+_MAX_TRIES = 96
+
+
+class DatasetStream:
+    """The samples of one dataset in the order of a run. Safe to share between threads.
+
+    The start compares the sizes of all files with the manifest: `DataError` lists what is missing or of another size,
+    unless ``config.missing_shards`` says to do without those shards. Where the dataset is in an object store, only
+    rank 0 looks (all ranks would ask the same), except where the ranks must know what to do without.
+    """
+
+    def __init__(self, config: DataConfig, path: str, manifest: Manifest, *, seed: int, rank: int, ranks: int) -> None:
+        self.config, self.path, self.manifest = config, path, manifest
+        counts = np.fromiter((shard.n for shard in manifest.shards), np.int64, len(manifest.shards))
+        self.order = LaneOrder(counts, seed=seed, lanes=config.lanes, window=config.window)
+        self.num_classes = len(manifest.classes) if manifest.classes is not None else None
+        self._source = open_source(config, path, manifest)
+        self._reader = SampleReader(
+            self._source, max_open=_max_open(4 * (-(-config.lanes // ranks) + 1)), num_classes=self.num_classes
+        )
+        look = rank == 0 or self._source.looks_are_free or config.missing_shards == "substitute"
+        self._missing = self._check_files() if look else frozenset()
+        self._lock = threading.Lock()
+        self._read_ahead: ReadAhead | None = None
+
+    def _check_files(self) -> frozenset[str]:
+        problems = missing_or_resized(self._source)
+        if not problems:
+            return frozenset()
+        listing = "\n".join(f"  {name} {problem}" for name, problem in problems.items())
+        if self.config.missing_shards == "fail":
+            raise DataError(
+                f"{len(problems)} files of {self.path} are not as the manifest says "
+                f"(data.missing_shards=substitute would do without them):\n{listing}"
+            )
+        gone = set()
+        for number, shard in enumerate(self.manifest.shards):
+            if shard.name in problems:
+                self._reader.refuse(number, ShardError(shard.name, "missing", problems[shard.name]))
+                gone.add(shard.name)
+        events.count("loader.missing_shard", len(gone), shards=sorted(gone))
+        if len(gone) == len(self.manifest.shards):
+            raise DataError(f"no shard of {self.path} can be read:\n{listing}")
+        return frozenset(gone)
+
+    def take(self, epoch: int, consumed: int, count: int, start: int, stop: int) -> Places:
+        """`LaneOrder.take`, and reading ahead for the lanes of these slots begins."""
+        with self._lock:
+            places = self.order.take(epoch, consumed, count, start, stop)
+        if self._read_ahead is not None and len(places.positions):
+            lanes = places.positions // self.order.lane_length
+            self._read_ahead.advance(
+                epoch, (consumed + count - 1) // self.order.lanes, range(int(lanes.min()), int(lanes.max()) + 1)
+            )
+        return places
+
+    def fill(self, epoch: int, places: Places, buffer: RowBuffer, slot: int) -> dict[int, Substitution]:
+        """Fill the rows of `buffer` from `slot` on with good samples; returns the substitutions by row."""
+        return {
+            bad.slot: self._substitute(epoch, int(places.positions[bad.slot - slot]), bad.slot, bad.error, buffer)
+            for bad in self._reader.read(places.shards, places.rows, buffer, slot)
+        }
+
+    def _substitute(self, epoch: int, position: int, slot: int, error: ShardError, buffer: RowBuffer) -> Substitution:
+        for attempt in range(_MAX_TRIES):
+            with self._lock:
+                other = self.order.substitute(epoch, position, attempt)
+                place = self.order.locate(epoch, np.array([other]))
+            if other == position or self._reader.read(place.shards, place.rows, buffer, slot):
+                continue
+            return Substitution(
+                epoch=epoch,
+                position=position,
+                lane=position // self.order.lane_length,
+                shard=error.shard,
+                offset=error.offset,
+                sample=error.key,
+                reason=error.reason,
+                detail=error.detail,
+                substitute=f"{int(buffer.keys[slot]):016x}",
+                attempts=attempt + 1,
+                known_missing=error.shard in self._missing,
+            )
+        raise DataError(f"no good sample was found in place of a bad one after {_MAX_TRIES} tries: {error}")
+
+    def begin(self) -> None:
+        """Start reading ahead."""
+        self._read_ahead = ReadAhead(self.order, self._reader.prepare, self.config.fetch_threads, self._lock)
+
+    def end(self) -> None:
+        """Stop reading ahead."""
+        if self._read_ahead is not None:
+            self._read_ahead.close()
+        self._read_ahead = None
+
+    def after_fork(self) -> None:
+        """Leave the parent's locks and threads behind."""
+        self._lock, self._read_ahead = threading.Lock(), None
+        self._reader.after_fork()
+
+    def metrics(self) -> Mapping[str, float]:
+        """Counters of reading."""
+        return {"read_retries": float(self._reader.retries), **self._source.metrics()}
+
+    def close(self) -> None:
+        """Stop reading ahead and close every file."""
+        self.end()
+        self._reader.close()
+
+
+def _max_open(wanted: int) -> int:
+    """Shards to hold open: enough for the lanes, within half of what the system lets this process open."""
+    soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    limit = 4096 if soft == resource.RLIM_INFINITY else soft // 2
+    return max(8, min(max(64, wanted), limit))
