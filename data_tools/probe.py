@@ -202,12 +202,13 @@ def _facts(container: InputContainer, stream: VideoStream, sha256: str, caps: Pr
     times: list[int | None] = []
     keys: list[int] = []
     frames: list[Any] = []
-    decodable = True
+    decodable, encrypted = True, False
     limit = int(caps.max_seconds * 250)
     try:
         for packet in container.demux(stream):
             if packet.size == 0:
-                continue
+                continue  # the end, or a repeated frame, which decoders pass over
+            encrypted = encrypted or packet.has_sidedata("encryption_info")
             if not packet.is_discard:
                 time = packet.pts if packet.pts is not None else packet.dts
                 times.append(time)
@@ -223,6 +224,8 @@ def _facts(container: InputContainer, stream: VideoStream, sha256: str, caps: Pr
         if not times:
             raise Refusal(Reason.DAMAGED, f"cannot be read: {_plain(error)}") from None
     if not frames:
+        if encrypted:
+            raise Refusal(Reason.ENCRYPTED, "the video stream is encrypted")
         raise Refusal(Reason.DAMAGED, "its first frames cannot be decoded")
     claimed = [stream.average_rate, stream.guessed_rate, stream.base_rate]
     line = measure(times, stream.time_base, claimed)
