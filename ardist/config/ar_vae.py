@@ -100,7 +100,32 @@ class ARVAEConfig(Section):
         upsampling = 2 ** (len(self.decoder_multipliers) - 1)
         if upsampling != self.patch_size:
             raise ValueError(
-                f"{len(self.decoder_multipliers)} decoder_multipliers enlarge a patch {upsampling} times, but patch_size "
-                f"is {self.patch_size}; it must be 2 to the power of (number of multipliers - 1)"
+                f"{len(self.decoder_multipliers)} decoder_multipliers enlarge a patch {upsampling} times, but "
+                f"patch_size is {self.patch_size}; it must be 2 to the power of (number of multipliers - 1)"
             )
+        return self
+
+
+class ARVAELossConfig(Section):
+    """What the autoencoder is trained to minimise; every term is a mean, never a sum, over values."""
+
+    reconstruction: Literal["l1", "l2"] = "l1"
+    kl_weight: float = Field(0.0, ge=0, description="0 in the released runs: latents are normalised instead")
+    perceptual: Literal["none", "lpips"] = "none"
+    perceptual_weight: float = Field(1.0, ge=0)
+    vgg_path: str | None = Field(
+        None, description="ImageNet weights of VGG16 as safetensors (keys features.0.weight …)"
+    )
+    vgg_digest: str | None = Field(None, pattern=r"^[0-9a-f]{64}$", description="sha256 of that file")
+    lpips_path: str | None = Field(None, description="LPIPS v0.1 VGG heads as safetensors (keys lin0.model.1.weight …)")
+    lpips_digest: str | None = Field(None, pattern=r"^[0-9a-f]{64}$", description="sha256 of that file")
+    adversarial_weight: float = Field(0.0, ge=0, description="times the adaptive weight; 0: no discriminator")
+    adversarial_start: int = Field(50_000, ge=0, description="first step with a discriminator")
+
+    @model_validator(mode="after")
+    def _perceptual_has_its_weights(self) -> ARVAELossConfig:
+        needed = ("vgg_path", "vgg_digest", "lpips_path", "lpips_digest")
+        missing = [name for name in needed if getattr(self, name) is None]
+        if self.perceptual == "lpips" and missing:
+            raise ValueError(f"perceptual 'lpips' needs {', '.join(missing)}; or choose perceptual 'none'")
         return self

@@ -11,7 +11,13 @@ from torch.utils.checkpoint import checkpoint
 from ardist.config import ARVAEConfig
 from ardist.errors import InvalidValueError
 from ardist.models.ar_vae.temporal import DecoderCache, FrameContext, KeyValues, TemporalBlock, make_context
-from ardist.models.ar_vae.transformer import TransformerLayer, grid_positions, init_weights, learned_tokens
+from ardist.models.ar_vae.transformer import (
+    grid_positions,
+    init_weights,
+    learned_positions,
+    learned_tokens,
+    transformer_layers,
+)
 
 Past = tuple[KeyValues, KeyValues]
 
@@ -31,12 +37,9 @@ class TokenDecoder(nn.Module):
         self.mask_token = learned_tokens(1, width)
         self.cls_token = learned_tokens(1, width)
         self.cls_position = learned_tokens(1, width)
-        self.patch_positions = learned_tokens(side * side, width)
-        self.latent_positions = learned_tokens(config.tokens_per_frame, width)
+        self.patch_positions, self.latent_positions = learned_positions(side, config.tokens_per_frame, width)
         self.norm_in = nn.LayerNorm(width)
-        self.layers = nn.ModuleList(
-            TransformerLayer(width, config.num_heads, config.mlp_ratio) for _ in range(config.depth)
-        )
+        self.layers = transformer_layers(width, config.depth, config.num_heads, config.mlp_ratio)
         self.temporal = nn.ModuleList(
             TemporalBlock(width, config.num_heads) for _ in range(config.depth if config.temporal else 0)
         )
@@ -45,10 +48,9 @@ class TokenDecoder(nn.Module):
             nn.Linear(width, 2 * width), nn.Tanh(), nn.Linear(2 * width, config.codebook_size)
         )
         self.codebook = nn.Linear(config.codebook_size, config.codebook_dim)
-        self.apply(init_weights)
+        for part in (self.embed, self.to_logits):
+            part.apply(init_weights)
         nn.init.normal_(self.codebook.weight)
-        for block in self.temporal:
-            block.zero_outputs()  # type: ignore[operator]
 
     def forward(
         self, latents: Float[Tensor, "b f l c"], grid: tuple[int, int], cache: DecoderCache
@@ -63,7 +65,7 @@ class TokenDecoder(nn.Module):
                 x = checkpoint(layer, x, use_reentrant=False) if self._recompute else layer(x)
         cache.frames_seen += frames
         patches = x[:, 1 : x.shape[1] - self.num_latents]
-        codes = self.codebook(self.to_logits(self.norm_out(patches)).softmax(dim=-1))
+        codes: Tensor = self.codebook(self.to_logits(self.norm_out(patches)).softmax(dim=-1))
         return rearrange(codes, "n (gh gw) z -> n z gh gw", gh=grid[0])
 
     @property
@@ -74,7 +76,8 @@ class TokenDecoder(nn.Module):
         embedded = self.embed(latents.flatten(0, 1)) + self.latent_positions
         patches = self.mask_token + grid_positions(self.patch_positions, self.grid, grid)
         single = torch.cat([self.cls_token + self.cls_position, patches])
-        return self.norm_in(torch.cat([repeat(single, "t d -> n t d", n=len(embedded)), embedded], dim=1))  # type: ignore[no-any-return]
+        tokens: Tensor = self.norm_in(torch.cat([repeat(single, "t d -> n t d", n=len(embedded)), embedded], dim=1))
+        return tokens
 
     def _temporal_layers(
         self, x: Float[Tensor, "bf t d"], batch: int, frames: int, grid: tuple[int, int], cache: DecoderCache

@@ -10,7 +10,13 @@ from torch.utils.checkpoint import checkpoint
 
 from ardist.config import ARVAEConfig
 from ardist.models.ar_vae.posterior import LOGVAR_RANGE
-from ardist.models.ar_vae.transformer import TransformerLayer, grid_positions, init_weights, learned_tokens
+from ardist.models.ar_vae.transformer import (
+    grid_positions,
+    init_weights,
+    learned_positions,
+    learned_tokens,
+    transformer_layers,
+)
 
 
 class Encoder(nn.Module):
@@ -26,16 +32,14 @@ class Encoder(nn.Module):
         self.patch_embed = nn.Conv2d(3, width, config.patch_size, stride=config.patch_size)
         self.cls_token = learned_tokens(1, width)
         self.cls_position = learned_tokens(1, width)
-        self.patch_positions = learned_tokens(side * side, width)
         self.latent_tokens = learned_tokens(config.tokens_per_frame, width)
-        self.latent_positions = learned_tokens(config.tokens_per_frame, width)
+        self.patch_positions, self.latent_positions = learned_positions(side, config.tokens_per_frame, width)
         self.norm_in = nn.LayerNorm(width)
-        self.layers = nn.ModuleList(
-            TransformerLayer(width, config.num_heads, config.mlp_ratio) for _ in range(config.depth)
-        )
+        self.layers = transformer_layers(width, config.depth, config.num_heads, config.mlp_ratio)
         self.norm_out = nn.LayerNorm(width)
         self.moments = nn.Linear(width, 2 * config.latent_channels)
-        self.apply(init_weights)
+        init_weights(self.patch_embed)
+        init_weights(self.moments)
 
     def forward(self, frames: Float[Tensor, "n 3 h w"]) -> tuple[Float[Tensor, "n l c"], Float[Tensor, "n l c"]]:
         """Mean and clamped log-variance, float32, of frames in [-1, 1]."""

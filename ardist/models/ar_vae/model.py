@@ -137,6 +137,11 @@ class ARVAE(nn.Module):
         assert not incompatible.unexpected_keys
         return model
 
+    @property
+    def last_layer(self) -> Tensor:
+        """The weights of the last convolution, where the adaptive adversarial weight is measured."""
+        return self.pixel_decoder.conv_out.weight
+
     def temporal_parameters(self) -> Iterator[nn.Parameter]:
         """The parameters that stage 2 trains."""
         return self.decoder.temporal.parameters()
@@ -151,7 +156,7 @@ class ARVAE(nn.Module):
     ) -> Float[Tensor, "b f 3 h w"]:
         grid = (size[0] // self.config.patch_size, size[1] // self.config.patch_size)
         codes = self.decoder(latents.to(self.decoder.embed.weight.dtype), grid, cache)
-        pixels = self.pixel_decoder(codes).float() * 0.5 + 0.5
+        pixels: Tensor = self.pixel_decoder(codes).float() * 0.5 + 0.5
         return rearrange(pixels, "(b f) c h w -> b f c h w", b=len(latents))
 
     def _check_frames(self, frames: Tensor) -> None:
@@ -167,9 +172,10 @@ class ARVAE(nn.Module):
 
     def _check_latents(self, latents: Tensor) -> None:
         tokens = (self.config.tokens_per_frame, self.config.latent_channels)
-        if latents.dim() != 4 or tuple(latents.shape[2:]) != tokens or 0 in latents.shape:
+        shape = tuple(latents.shape)
+        if len(shape) != 4 or shape[2:] != tokens or 0 in shape:
             raise InvalidValueError(
-                f"latents have shape {tuple(latents.shape)}; this model decodes [batch, frames, {tokens[0]}, {tokens[1]}]"
+                f"latents have shape {shape}; this model decodes [batch, frames, {tokens[0]}, {tokens[1]}]"
             )
         if not latents.is_floating_point():
             raise InvalidValueError(f"latents are {latents.dtype}; expected floating point")

@@ -16,6 +16,8 @@ from einops import rearrange
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from ardist.models.ar_vae.transformer import init_weights
+
 ROPE_THETA = 10_000.0
 
 Rotation = tuple[Float[Tensor, "f r"], Float[Tensor, "f r"]]
@@ -187,9 +189,7 @@ class TemporalBlock(nn.Module):
         super().__init__()
         self.fine = FineAttention(width, num_heads)
         self.coarse = CoarseAttention(width, num_heads)
-
-    def zero_outputs(self) -> None:
-        """Make the block the identity (the start of stage 2)."""
+        self.apply(init_weights)
         for projection in (self.fine.out, self.coarse.out):
             nn.init.zeros_(projection.weight)
             nn.init.zeros_(projection.bias)

@@ -1,6 +1,13 @@
-"""The plain vision transformer that encoder and decoder share."""
+"""The plain vision transformer that encoder and decoder share, and how its weights start.
+
+The start matters: with the usual small random weights a new autoencoder first learns the mean image and only much
+later that latent tokens say something about places. Here every token begins with a place in the frame: patches their
+own, latent tokens spread evenly, and since queries and keys start equal, tokens attend to what is near them.
+"""
 
 from __future__ import annotations
+
+import math
 
 import torch
 import torch.nn.functional as F
@@ -8,15 +15,11 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
 
-INIT_STD = 0.02
+NEIGHBOURHOOD = 0.15
+"""Distance, in parts of the frame's side, over which the similarity of two starting positions falls to 0.6."""
 
-
-def init_weights(module: nn.Module) -> None:
-    """Truncated normal weights and zero biases for linear layers and patch convolutions."""
-    if isinstance(module, nn.Linear | nn.Conv2d):
-        nn.init.trunc_normal_(module.weight, std=INIT_STD)
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)
+PLASTIC = 1.3247179572447460
+"""The plastic number; its powers give the evenest simple sequence of points in a square (R2)."""
 
 
 class SelfAttention(nn.Module):
@@ -30,7 +33,14 @@ class SelfAttention(nn.Module):
 
     def forward(self, x: Float[Tensor, "n t d"]) -> Float[Tensor, "n t d"]:
         q, k, v = rearrange(self.qkv(x), "n t (three h d) -> three n h t d", three=3, h=self.num_heads)
-        return self.out(rearrange(F.scaled_dot_product_attention(q, k, v), "n h t d -> n t (h d)"))  # type: ignore[no-any-return]
+        y: Tensor = self.out(rearrange(F.scaled_dot_product_attention(q, k, v), "n h t d -> n t (h d)"))
+        return y
+
+    @torch.no_grad()
+    def tie_keys_to_queries(self) -> None:
+        """Let keys start equal to queries, so that a token attends to tokens like itself."""
+        query, key, _ = self.qkv.weight.chunk(3)
+        key.copy_(query)
 
 
 class TransformerLayer(nn.Module):
@@ -46,12 +56,50 @@ class TransformerLayer(nn.Module):
 
     def forward(self, x: Float[Tensor, "n t d"]) -> Float[Tensor, "n t d"]:
         x = x + self.attention(self.attention_norm(x))
-        return x + self.mlp(self.mlp_norm(x))  # type: ignore[no-any-return]
+        y: Tensor = x + self.mlp(self.mlp_norm(x))
+        return y
+
+
+def transformer_layers(width: int, depth: int, num_heads: int, mlp_ratio: float) -> nn.ModuleList:
+    """`depth` layers; what a layer adds starts smaller the more layers there are."""
+    layers = nn.ModuleList(TransformerLayer(width, num_heads, mlp_ratio) for _ in range(depth))
+    layers.apply(init_weights)
+    with torch.no_grad():
+        for layer in layers:
+            assert isinstance(layer, TransformerLayer)
+            layer.attention.tie_keys_to_queries()
+            for weight in (layer.attention.out.weight, layer.mlp.get_parameter("2.weight")):
+                weight.mul_((2 * depth) ** -0.5)
+    return layers
+
+
+def init_weights(module: nn.Module) -> None:
+    """Weights that keep the scale of their input, and zero biases, for linear layers and convolutions."""
+    if isinstance(module, nn.Linear | nn.Conv2d):
+        nn.init.trunc_normal_(module.weight, std=math.prod(module.weight.shape[1:]) ** -0.5)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
 
 
 def learned_tokens(count: int, width: int) -> nn.Parameter:
-    """`count` learned vectors of about unit length."""
-    return nn.Parameter(torch.randn(count, width) * width**-0.5)
+    """`count` learned vectors, small beside the positions that are added to them."""
+    return nn.Parameter(torch.randn(count, width) * 0.1)
+
+
+def learned_positions(side: int, num_latents: int, width: int) -> tuple[nn.Parameter, nn.Parameter]:
+    """Position tables of `side` x `side` patches and of `num_latents` latent tokens spread over the same square.
+
+    Two positions start the more alike the nearer their places are: random Fourier features of a Gaussian kernel.
+    """
+    cells = (torch.arange(side) + 0.5) / side
+    places = torch.arange(1, num_latents + 1)[:, None] / PLASTIC ** torch.arange(1, 3)
+    rates = torch.randn(2, width) / NEIGHBOURHOOD
+    phases = torch.rand(width) * 2 * math.pi
+    patches, latents = (
+        nn.Parameter(math.sqrt(2) * torch.cos(points @ rates + phases))
+        for points in (torch.cartesian_prod(cells, cells), (places + 0.5) % 1)
+    )
+    return patches, latents
 
 
 def grid_positions(

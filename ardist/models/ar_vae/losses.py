@@ -1,0 +1,73 @@
+"""The autoencoder's loss: reconstruction, perceptual distance, KL and, later in stage 1, a discriminator's verdict.
+
+Scale: every term is a mean over values, so weights mean the same at any resolution, clip length and batch size.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from ardist.config.ar_vae import ARVAELossConfig
+from ardist.errors import choose
+from ardist.models.ar_vae.discriminator import adaptive_weight, generator_hinge_loss
+from ardist.models.ar_vae.perceptual import LPIPS
+from ardist.models.ar_vae.posterior import Posterior
+
+RECONSTRUCTION = ("l1", "l2")
+
+
+def reconstruction_loss(
+    kind: str, reconstruction: Float[Tensor, "b f 3 h w"], frames: Float[Tensor, "b f 3 h w"]
+) -> Float[Tensor, ""]:
+    """Mean absolute (`l1`) or squared (`l2`) error over all values of frames in [0, 1], in float32."""
+    choose("reconstruction", kind, RECONSTRUCTION)
+    distance = F.l1_loss if kind == "l1" else F.mse_loss
+    return distance(reconstruction.float(), frames.float())
+
+
+class AutoencoderLoss(nn.Module):
+    """Reconstruction + perceptual + KL; without trainable parameters.
+
+    Raises `CheckpointError` when LPIPS is asked for and its weights are missing or others than stated.
+    """
+
+    def __init__(self, config: ARVAELossConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.lpips: LPIPS | None = None
+        if config.perceptual == "lpips":
+            given = (config.vgg_path, config.vgg_digest, config.lpips_path, config.lpips_digest)
+            # The configuration refuses lpips without all four.
+            self.lpips = LPIPS.load(*(part or "" for part in given))
+
+    def forward(
+        self, reconstruction: Float[Tensor, "b f 3 h w"], frames: Float[Tensor, "b f 3 h w"], posterior: Posterior
+    ) -> tuple[Float[Tensor, ""], dict[str, Tensor]]:
+        """The weighted sum, and its unweighted terms without gradient."""
+        config = self.config
+        total = reconstruction_loss(config.reconstruction, reconstruction, frames)
+        terms: dict[str, Tensor] = {config.reconstruction: total.detach()}
+        if self.lpips is not None:
+            images = [part.flatten(0, 1).float() * 2.0 - 1.0 for part in (reconstruction, frames)]
+            perceptual = self.lpips(*images).mean()
+            total = total + config.perceptual_weight * perceptual
+            terms["lpips"] = perceptual.detach()
+        with torch.set_grad_enabled(torch.is_grad_enabled() and config.kl_weight > 0):
+            kl = posterior.kl()  # with weight 0 only a number to watch
+        terms["kl"] = kl.detach()
+        return (total + config.kl_weight * kl if config.kl_weight else total), terms
+
+    def adversarial(
+        self, step: int, loss: Float[Tensor, ""], fake_logits: Float[Tensor, "*n"], last_layer: Tensor
+    ) -> tuple[Float[Tensor, ""], dict[str, Tensor]]:
+        """What to add to `loss` for the discriminator's logits of the reconstructions: 0 before the start step."""
+        config = self.config
+        if not config.adversarial_weight or step < config.adversarial_start:
+            return torch.zeros((), device=loss.device), {}
+        verdict = generator_hinge_loss(fake_logits)
+        weight = adaptive_weight(loss, verdict, last_layer)
+        terms = {"generator": verdict.detach(), "adaptive_weight": weight}
+        return config.adversarial_weight * weight * verdict, terms
