@@ -71,6 +71,11 @@ class TrainingConfig(Section):
         "deepspeed",
         description="who skips a step with a non-finite gradient; device: no host reads, ZeRO 0-2 only",
     )
+    grad_accumulation: Literal["auto", "fp32", "model"] = Field(
+        "auto",
+        description="type in which micro-batches' gradients are added; auto: fp32 where DeepSpeed can, for bf16 weights "
+        "and more than one micro-batch per step",
+    )
     max_skipped_in_row: int = Field(20, ge=1, description="stop with a report after this many skipped steps in a row")
     log_every: int = Field(10, ge=1)
     timeout_minutes: float = Field(30, gt=0, description="how long a rank waits for the others in a collective")
@@ -92,6 +97,11 @@ class TrainingConfig(Section):
             problems.append("guard: device needs the optimiser on the device; legal with offload: deepspeed")
         if self.precision == "fp16" and self.guard == "device":
             problems.append("guard: device cannot drive the loss scale of fp16; legal with fp16: deepspeed")
+        if self.grad_accumulation == "fp32" and self.precision != "fp32":
+            if self.precision == "fp16" or self.zero_stage == 0 or self.offload != "none":
+                problems.append("grad_accumulation: fp32 needs bf16, zero_stage 1, 2 or 3, and no offload")
+            elif self.zero_stage == 1 and self.guard == "device":
+                problems.append("grad_accumulation: fp32 with zero_stage 1 needs guard: deepspeed")
         if problems:
             raise ValueError("; ".join(problems))
         return self

@@ -72,6 +72,7 @@ class CheckpointWriter:
         self._thread: threading.Thread | None = None
         self._result: str | None = None
         self._copied: Any = None
+        self._frozen: dict[str, torch.Tensor] | None = None
         self._index, self._length = self._layout()
 
     def _layout(self) -> tuple[list[tuple[str, int, int, int]], int]:
@@ -108,10 +109,12 @@ class CheckpointWriter:
         if self._result is not None:
             raise CheckpointError(f"the checkpoint of step {snapshot.step} could not be written: {self._result}")
 
-    def wait(self) -> None:
-        """Wait until a background write has ended."""
+    def wait(self, timeout: float | None = None) -> None:
+        """Wait until a background write has ended; with `timeout` in seconds, give it up after that (at the end)."""
         if self._thread is not None:
-            self._thread.join()
+            self._thread.join(timeout)
+            if self._thread.is_alive():
+                events.count("checkpoint.abandoned", seconds=timeout)
             self._thread = None
 
     def _copy_state(self) -> tuple[str, ...]:
@@ -143,17 +146,11 @@ class CheckpointWriter:
     def _module_extras(self) -> dict[str, torch.Tensor]:
         """Rank 0: buffers and frozen parameters of the model, which no optimiser fragment holds."""
         module = self.fragments.engine.module
-        frozen = {name: p for name, p in module.named_parameters() if not p.requires_grad}
-        extras: dict[str, torch.Tensor] = {}
-        if frozen:
-            from deepspeed.zero import GatheredParameters
-
-            partitioned = [p for p in frozen.values() if hasattr(p, "ds_id")]
-            with GatheredParameters(partitioned, enabled=bool(partitioned)):
-                extras |= {name: p.detach().cpu().clone() for name, p in frozen.items()}
-        kept = set(module.state_dict().keys()) - set(frozen)
-        extras |= {name: b.detach().cpu().clone() for name, b in module.named_buffers() if name in kept}
-        return extras if self.world.is_main else {}
+        if self._frozen is None:
+            self._frozen = _gather_frozen(module)
+        kept = set(module.state_dict().keys()) - set(self._frozen)
+        buffers = {name: b.detach().cpu().clone() for name, b in module.named_buffers() if name in kept}
+        return {**self._frozen, **buffers} if self.world.is_main else {}
 
     def _write(self, directory: Path, snapshot: Snapshot, extra: Mapping[str, torch.Tensor]) -> None:
         """Write this rank's part and take part in the commit; never raises, the outcome is in `_result`."""
@@ -259,6 +256,18 @@ class CheckpointWriter:
                 good += _has_its_sizes(path)
         for path in commits.leftovers(self.root):
             shutil.rmtree(path, ignore_errors=True)
+
+
+def _gather_frozen(module: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Parameters that are not trained, whole, on the host; under ZeRO-3 they are partitioned too (collective)."""
+    frozen = {name: p for name, p in module.named_parameters() if not p.requires_grad}
+    if not frozen:
+        return {}
+    from deepspeed.runtime.zero import GatheredParameters
+
+    partitioned = [p for p in frozen.values() if hasattr(p, "ds_id")]
+    with GatheredParameters(partitioned, enabled=bool(partitioned)):
+        return {name: p.detach().float().cpu().clone() for name, p in frozen.items()}
 
 
 def _has_its_sizes(path: Path) -> bool:

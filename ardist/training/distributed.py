@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 import torch
 import torch.distributed as dist
 
-from ardist.errors import ConfigError, HardwareError
+from ardist.errors import ConfigError, HardwareError, Preempted
 
 _log = logging.getLogger("ardist.training")
 
@@ -83,9 +83,14 @@ def environment() -> tuple[int, int, int]:
     return rank, size, local
 
 
+def uses_gpu() -> bool:
+    """True when training runs on GPUs: there is one, and ``DS_ACCELERATOR=cpu`` does not say otherwise."""
+    return os.environ.get("DS_ACCELERATOR") != "cpu" and torch.cuda.is_available()
+
+
 def prepare_environment() -> None:
     """Choose DeepSpeed's accelerator and log level; to be called before DeepSpeed is imported."""
-    if not torch.cuda.is_available():
+    if not uses_gpu():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "warning")
@@ -95,7 +100,7 @@ def start(timeout_minutes: float = 30.0) -> World:
     """Start the process group (NCCL with a GPU, gloo without) and a separate gloo group for agreements."""
     prepare_environment()
     rank, size, local = environment()
-    cuda = torch.cuda.is_available()
+    cuda = uses_gpu()
     if cuda:
         if local >= torch.cuda.device_count():
             raise HardwareError(f"local rank {local} has no GPU: this machine has {torch.cuda.device_count()}")
@@ -126,12 +131,13 @@ def stop() -> None:
 
 
 def leave(code: int) -> NoReturn:
-    """End this rank's process at once, after the process group and the streams are closed.
+    """End this rank's process at once, after the streams and (when all went well) the process group are closed.
 
     ZeRO-3 over gloo now and then aborts in a destructor at interpreter exit after all work is done, which would turn
     a good exit code into a crash; so a rank does not run the interpreter's exit.
     """
-    stop()
+    if code in (0, Preempted.exit_code):
+        stop()
     logging.shutdown()
     sys.stdout.flush()
     sys.stderr.flush()

@@ -35,6 +35,19 @@ def uses_device_guard(config: TrainConfig) -> bool:
     return training.guard == "device" or (training.zero_stage == 0 and training.precision == "fp32")
 
 
+def accumulates_in_fp32(config: TrainConfig, accumulation: int) -> bool:
+    """True when gradients of bf16 weights are added up in fp32: sums in bf16 lose what micro-batches agree on least.
+
+    DeepSpeed cannot with ZeRO-0, and not under the device guard with ZeRO-1.
+    """
+    training = config.training
+    if training.precision != "bf16" or training.zero_stage == 0 or training.offload != "none":
+        return False
+    if training.grad_accumulation == "auto":
+        return accumulation > 1 and not uses_device_guard(config)
+    return training.grad_accumulation == "fp32"
+
+
 def deepspeed_settings(config: TrainConfig, world_size: int, *, cuda: bool) -> dict[str, Any]:
     """DeepSpeed's configuration for a run; ``config.deepspeed`` is merged over it, section by section."""
     training = config.training
@@ -63,6 +76,8 @@ def deepspeed_settings(config: TrainConfig, world_size: int, *, cuda: bool) -> d
     }
     if training.precision == "bf16":
         settings["bf16"] = {"enabled": True, "check_grad_overflow": not guarded}
+        if accumulates_in_fp32(config, accumulation):
+            settings["data_types"] = {"grad_accum_dtype": "fp32"}
     elif training.precision == "fp16":
         settings["fp16"] = {"enabled": True, "initial_scale_power": 16}
     return merge(settings, config.deepspeed)

@@ -19,6 +19,8 @@ from types import FrameType
 
 import psutil
 
+from ardist.training.distributed import uses_gpu
+
 MODULE = "ardist.training.main"
 LAUNCHER_VARIABLE = "ARDIST_LAUNCHER"
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
@@ -76,7 +78,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     environment = dict(os.environ)
     ranks = options.ranks or _default_ranks()
     environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // ranks)))
-    if not _has_gpu():
+    if not uses_gpu():
         environment.setdefault("DS_ACCELERATOR", "cpu")
     me = psutil.Process()
     environment[LAUNCHER_VARIABLE] = f"{me.pid}:{me.create_time()}"
@@ -119,13 +121,7 @@ def rank_processes(launcher: int) -> list[psutil.Process]:
 def _default_ranks() -> int:
     import torch
 
-    return max(1, torch.cuda.device_count())
-
-
-def _has_gpu() -> bool:
-    import torch
-
-    return torch.cuda.is_available()
+    return torch.cuda.device_count() if uses_gpu() else 1
 
 
 def _free_port() -> int:

@@ -56,7 +56,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
     except Exception as error:  # noqa: BLE001 - the last line of defence: reported, and the launcher ends the others
-        _show(error, f"ardist train: unexpected {type(error).__name__}: {error}", debug=True)
+        rank = os.environ.get("RANK", "0")
+        _show(error, f"ardist train, rank {rank}: unexpected {type(error).__name__}: {error}", debug=True)
         return 1
 
 

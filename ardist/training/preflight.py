@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-import torch
-
 from ardist.config import TrainConfig, batch_layout
 from ardist.data.manifest import Manifest, load_manifest
 from ardist.data.order import check_layout
 from ardist.errors import ArdistError, CheckpointError, ConfigError, DataError
 from ardist.training import commit as commits
 from ardist.training.commit import Commit
+from ardist.training.distributed import uses_gpu
 
 OWN_DEEPSPEED_KEYS = {
     "train_batch_size": "training.global_batch_size",
@@ -72,7 +71,7 @@ def _manifest(path: str, problems: list[str]) -> Manifest | None:
 
 def _machine_problems(config: TrainConfig) -> Iterator[str]:
     training = config.training
-    if not torch.cuda.is_available() and training.precision == "fp16":
+    if not uses_gpu() and training.precision == "fp16":
         yield "training.precision: fp16 needs a GPU; legal on a CPU: bf16, fp32"
     if training.compile and config.task == "ar_vae":
         yield "training.compile: only the denoiser is compiled; legal for task ar_vae: false"

@@ -131,7 +131,7 @@ def shape_difference(saved: Mapping[str, list[int]], wanted: Mapping[str, list[i
 def _restore_extras(path: Path, commit: Commit, fragments: Fragments) -> None:
     if not any(part.file == EXTRA_FILE for part in commit.parts):
         return
-    from deepspeed.zero import GatheredParameters
+    from deepspeed.runtime.zero import GatheredParameters
     from safetensors.torch import load_file
 
     values = load_file(path / EXTRA_FILE)

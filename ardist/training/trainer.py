@@ -43,6 +43,9 @@ from ardist.training.window import Window
 
 _log = logging.getLogger("ardist.training")
 
+CLOSE_SECONDS = 60.0
+"""How long a checkpoint under way may take when the run ends by an error."""
+
 
 def train(config: TrainConfig, callbacks: Sequence[Callback] = ()) -> None:
     """Train what `config` says; called by every rank, or by one process without a launcher.
@@ -67,9 +70,18 @@ def train(config: TrainConfig, callbacks: Sequence[Callback] = ()) -> None:
             trainer.fit()
         finally:
             trainer.close()
+    except Preempted:
+        distributed.stop()
+        raise
+    except BaseException:
+        if size == 1:
+            distributed.stop()
+        # With peers the group is left to the end of the process: they may be waiting in it, and so would we.
+        raise
+    else:
+        distributed.stop()
     finally:
         run.unlock()
-        distributed.stop()
 
 
 class Trainer:
@@ -209,6 +221,7 @@ class Trainer:
         for callback in self.callbacks:
             callback.close()
         self.loader.close()
+        self.writer.wait(CLOSE_SECONDS)
         self.records.close()
 
 

@@ -6,12 +6,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from deepspeed.runtime.zero import GatheredParameters
 from ranks import run_ranks
-from toy import masters, same_state, snapshot, state_of, toy_config, toy_engine, toy_step
+from toy import Toy, masters, same_state, snapshot, state_of, toy_config, toy_engine, toy_step
 
-from ardist.training import resume
+from ardist.training import distributed, resume
 from ardist.training.checkpoint import CheckpointWriter
 from ardist.training.ema import ShardedEMA
+from ardist.training.engine import Engine
 
 pytestmark = pytest.mark.distributed
 
@@ -77,8 +80,8 @@ def test_every_layout_resumes_every_layout_in_fp32(tmp_path: Path) -> None:
     _matrix(tmp_path, LAYOUTS, "fp32", SAVED_AT, 1e-6)
 
 
-def test_bf16_layouts_with_stage_zero(tmp_path: Path) -> None:
-    _matrix(tmp_path, [(0, 2), (1, 1), (2, 2), (3, 2)], "bf16", SAVED_AT, 5e-3)
+def test_bf16_layouts_with_gradients_added_in_fp32(tmp_path: Path) -> None:
+    _matrix(tmp_path, [(0, 2), (1, 1), (1, 2), (2, 2), (3, 2)], "bf16", SAVED_AT, 5e-3)
 
 
 def test_a_checkpoint_before_the_first_step(tmp_path: Path) -> None:
@@ -88,6 +91,43 @@ def test_a_checkpoint_before_the_first_step(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_three_and_four_ranks(tmp_path: Path) -> None:
     _matrix(tmp_path, [(0, 3), (1, 4), (2, 3), (3, 4), (3, 2)], "fp32", SAVED_AT, 1e-6)
+
+
+class PartlyFrozen(Toy):
+    """A toy whose first layer is not trained and which has a buffer."""
+
+    scale: torch.Tensor
+
+    def __init__(self, frozen: float) -> None:
+        super().__init__()
+        self.register_buffer("scale", torch.full((5,), frozen))
+        torch.nn.init.constant_(self.first.weight, frozen)
+        self.first.requires_grad_(False)
+
+
+def _frozen(root: Path, stage: int, value: float, save: bool) -> tuple[list[float], list[float]]:
+    world = distributed.start()
+    torch.manual_seed(0)
+    engine = Engine(PartlyFrozen(value), toy_config(zero_stage=stage), world)
+    toy_step(engine, 0)
+    if save:
+        CheckpointWriter(root, engine.fragments, None).save(snapshot(1), wait=True)
+    else:
+        found = resume.find(root, world)
+        assert found is not None
+        resume.restore(*found, engine.fragments, None)
+    module: Any = engine.module
+    with GatheredParameters([module.first.weight], enabled=stage == 3):
+        return sorted(set(module.first.weight.flatten().tolist())), module.scale.tolist()
+
+
+@pytest.mark.parametrize(("source", "destination"), [((3, 2), (1, 1)), ((1, 2), (3, 2)), ((0, 1), (2, 2))])
+def test_frozen_parameters_and_buffers_travel_too(
+    tmp_path: Path, source: tuple[int, int], destination: tuple[int, int]
+) -> None:
+    run_ranks(_frozen, source[1], tmp_path, source[0], 0.25, True)
+    for values, scale in run_ranks(_frozen, destination[1], tmp_path, destination[0], 0.75, False):
+        assert (values, scale) == ([0.25], [0.25] * 5)
 
 
 def _weights_only(root: Path, kind: str) -> dict[str, Any]:

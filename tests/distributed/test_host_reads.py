@@ -56,7 +56,14 @@ def _count(config: TrainConfig) -> list[str]:
 
 @pytest.mark.parametrize(
     ("stage", "guard", "per_step"),
-    [(0, "deepspeed", 0), (0, "device", 0), (1, "device", 0), (2, "device", 0), (1, "deepspeed", 3), (3, "deepspeed", 1)],
+    [
+        (0, "deepspeed", 0),
+        (0, "device", 0),
+        (1, "device", 0),
+        (2, "device", 0),
+        (1, "deepspeed", 3),
+        (3, "deepspeed", 1),
+    ],
 )
 def test_host_reads_per_step(tmp_path: Path, stage: int, guard: str, per_step: int) -> None:
     data = write_latents(tmp_path / "latents", classes=2)

@@ -300,3 +300,11 @@ def _train_with_flip(config: Any) -> str:
 def _small_disk(tmp_path: Path) -> Any:
     yield
     shutil.rmtree(tmp_path, ignore_errors=True)
+
+
+def test_a_profile_and_deterministic_kernels_on_request(tmp_path: Path, data: Path) -> None:
+    config = config_of(tmp_path, data, training__steps=4, debug__profile_step=1, debug__deterministic=True)
+    config = config.model_copy(update={"debug": config.debug.model_copy(update={"profile_steps": 2})})
+    assert run_ranks(train_outcome, 1, config) == ["done"]
+    trace = json.loads((tmp_path / "logs" / "trace-rank-00000.json").read_text())
+    assert any("aten::" in str(event.get("name")) for event in trace["traceEvents"])
