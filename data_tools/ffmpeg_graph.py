@@ -54,10 +54,12 @@ def command_line(request: DecodeRequest, descriptor: int) -> list[str]:
         "reinit_filter": 0,
     }
     if not facts.by_index:
-        seek = facts.seek_before(request.begin)
+        # ffmpeg counts both from the container's start; the frame at the seek itself is never needed.
+        zero = Fraction(facts.container_start)
+        seek = facts.seek_before(request.begin - 1 / Fraction(facts.rate))
         if seek is not None:
-            options |= {"ss": _seconds(seek), "seek_timestamp": 1, "noaccurate_seek": None}
-        options["t"] = _seconds(request.end - (seek or 0))
+            options["ss"] = _seconds(seek - zero)
+        options["t"] = _seconds(request.end - (zero if seek is None else seek))
     stream = ffmpeg.input(f"file:/dev/fd/{descriptor}", **options)[str(facts.stream)]
     stream = _on_grid(stream, request)
     stream = _to_rgb(stream, facts, request.size)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import re
 import selectors
 import signal
 import subprocess
@@ -26,6 +27,7 @@ _MAX_STDERR = 4000
 _STDERR_FLOOD = 16 * 2**20
 _F_SETPIPE_SZ = 1031
 _END_SECONDS = 30.0
+_ADDRESS = re.compile(r" @ 0x[0-9a-f]+")
 
 
 class FrameStream:
@@ -102,7 +104,9 @@ class FrameStream:
             raise Refusal(reason, f"the decoder was ended by {name}")
         if status == 0:
             return ""
-        return self._complaints.decode("utf-8", "replace").strip() or f"the decoder ended with status {status}"
+        said = self._complaints.decode("utf-8", "replace").strip()
+        # The first line, without the addresses that differ from run to run.
+        return _ADDRESS.sub("", said.partition("\n")[0]) or f"the decoder ended with status {status}"
 
     def _late(self, what: str) -> Refusal:
         events.count("build.child_killed", stage="decode", reason="timeout")

@@ -43,6 +43,7 @@ class VideoFacts:
     height: int
     pix_fmt: str
     sar: str
+    container_start: str
     rate: str
     start: str
     last: str
@@ -246,6 +247,7 @@ def _facts(container: InputContainer, stream: VideoStream, sha256: str, caps: Pr
         height=first.height,
         pix_fmt=first.format.name,
         sar=str(Fraction(stream.sample_aspect_ratio or 1) or Fraction(1)),
+        container_start=str(Fraction(container.start_time or 0, 1_000_000)),
         rate=str(line.rate),
         start=str(line.start),
         last=str(line.last),
