@@ -197,7 +197,7 @@ def _build(raw: BinaryIO, name: str, shape: tuple[int, ...] | None, dtype: Sampl
         raise ShardError(name, "length" if cut else "member", f"not a readable tar: {error}") from None
     if pending:
         raise _incomplete(name, pending_key, pending)
-    _check_tail(raw, name, end, size)
+    check_tail(raw, name, end, size)
     return TarIndex(np.array(rows, RECORD), size, sha256)
 
 
@@ -250,7 +250,8 @@ def _read(raw: BinaryIO, shard: str, member: tarfile.TarInfo) -> bytes:
     return data
 
 
-def _check_tail(raw: BinaryIO, shard: str, end: int, size: int) -> None:
+def check_tail(raw: BinaryIO, shard: str, end: int, size: int) -> None:
+    """Refuse a tar that does not end after byte `end` with zero blocks and nothing else; raises `ShardError`."""
     raw.seek(end)
     tail = raw.read(size - end) if size > end else b""
     if len(tail) < 1024 or tail.count(0) != len(tail):
