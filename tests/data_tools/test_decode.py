@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 import shutil
+import sys
 import time
 from fractions import Fraction
 from pathlib import Path
@@ -137,8 +138,6 @@ def test_the_command_is_closed_to_the_world(tmp_path: Path) -> None:
 
 def _stream(path: Path, code: str, timeout: float) -> FrameStream:
     """A stand-in for ffmpeg that misbehaves."""
-    import sys
-
     return FrameStream(str(path), None, lambda _: [sys.executable, "-c", code], timeout=timeout, memory=4 * 2**30)
 
 
@@ -174,13 +173,11 @@ def test_a_decoder_that_floods_or_dies_is_named(tmp_path: Path) -> None:
 def test_a_decoders_memory_and_files_are_limited(tmp_path: Path) -> None:
     path = tmp_path / "x"
     path.write_bytes(b"x")
-    import sys
-
     greedy = "import time; time.sleep(0.3)\ntry:\n  b = bytearray(3 * 10**9)\nexcept MemoryError: raise SystemExit(7)"
     command = [sys.executable, "-c", greedy]
     with FrameStream(str(path), None, lambda _: command, timeout=20, memory=2**30) as stream:
         assert "status 7" in stream.finish()
-    writer = f"import time; time.sleep(0.3); open({str(tmp_path / 'out')!r}, 'w').write('x')"
+    writer = f"import time; time.sleep(0.3); open({str(tmp_path / 'out')!r}, 'wb', 0).write(b'x')"
     with _stream(path, writer, 20) as stream:
         assert stream.finish()
     assert (tmp_path / "out").stat().st_size == 0
