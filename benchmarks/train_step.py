@@ -5,8 +5,9 @@
 
 The bare loops get batches from memory, plain random noise and timesteps, and do nothing besides the step: no loader,
 no EMA, no log, no checkpoint, no signals. Contenders take turns within each round of steps, so that a change of the
-machine's pace meets all of them; the table holds medians over rounds. Beside the rates: the share of our step spent
-waiting for data, and how long a checkpoint blocks the loop (the first one allocates its buffers).
+machine's pace meets all of them; the table holds medians over rounds (``bare``: bare DeepSpeed; ``ours/bare``: of the
+ratios within a round). Beside the rates: the share of our step spent waiting for data, and for how many milliseconds
+a checkpoint blocks the loop (the first one, which allocates its buffers, and a later one).
 """
 
 from __future__ import annotations
@@ -261,7 +262,7 @@ def rank_main(options: argparse.Namespace, folder: Path) -> None:
             f"{row['ours_of_deepspeed']:.2f}",
             f"{row['ours'] / row['ddp']:.2f}",
             f"{row['data_wait']:.1%}",
-            f"{row['first_save_ms']:.0f} / {row['save_ms']:.0f} ms",
+            f"{row['first_save_ms']:.0f} / {row['save_ms']:.0f}",
         )
     Console().print(table)
     if options.json is not None:

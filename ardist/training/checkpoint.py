@@ -213,6 +213,7 @@ class CheckpointWriter:
             final = self.root / commits.directory_name(snapshot.step)
             if final.exists():
                 if _has_its_sizes(final):
+                    shutil.rmtree(directory)
                     return f"{final} exists already and is good; it is kept"
                 final.rename(final.with_name(f"{directory.name}.damaged"))
             directory.rename(final)

@@ -92,7 +92,6 @@ def prepare_environment() -> None:
     """Choose DeepSpeed's accelerator and log level; to be called before DeepSpeed is imported."""
     if not uses_gpu():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
     os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "warning")
 
 

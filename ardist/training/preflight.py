@@ -71,6 +71,8 @@ def _manifest(path: str, problems: list[str]) -> Manifest | None:
 
 def _machine_problems(config: TrainConfig) -> Iterator[str]:
     training = config.training
+    if "://" in config.run_dir:
+        yield f"run_dir: {config.run_dir!r} is no folder; legal: a folder that every machine of the run sees"
     if not uses_gpu() and training.precision == "fp16":
         yield "training.precision: fp16 needs a GPU; legal on a CPU: bf16, fp32"
     if training.compile and config.task == "ar_vae":

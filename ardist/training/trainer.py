@@ -158,6 +158,7 @@ class Trainer:
         for callback in self.callbacks:
             callback.on_start(self)
         self.stopping = self.stop_after_reached()
+        first_step = self.step
 
         while self.step < self.total_steps and not self.stopping:
             self.advance()
@@ -166,7 +167,8 @@ class Trainer:
         for callback in self.callbacks:
             callback.on_end(self)
         self.stop.saved = True
-        self.records.write_summary()
+        if self.step > first_step:  # a run that was complete already keeps the summary of its last session
+            self.records.write_summary()
         if self.step < self.total_steps:
             reason = "as training.stop_after asks" if self.stop_after_reached() else f"on {self.stop.name}"
             raise Preempted(f"stopped {reason} after step {self.step}; everything is saved, run again to continue")

@@ -51,6 +51,7 @@ def problems(config: TrainConfig, ranks: int, monkeypatch: pytest.MonkeyPatch) -
         ({"data__path": "/nowhere"}, 1, ["DataError", "/nowhere"]),
         ({"validation__path": "/nowhere"}, 1, ["DataError", "/nowhere"]),
         ({"init_from": "/nowhere"}, 1, ["init_from: '/nowhere' is not a directory"]),
+        ({"run_dir": "s3://bucket/run"}, 1, ["run_dir: 's3://bucket/run' is no folder"]),
         ({"training__global_batch_size": 64}, 1, ["data: ", "16"]),
     ],
 )

@@ -88,9 +88,15 @@ def console_line(record: dict[str, Any], total_steps: int) -> str:
             f"lr {shown('lr', '.2e')}",
             f"{shown('clips_per_second', '.1f')} clips/s",
             f"{shown('tokens_per_second', ',.0f')} tokens/s",
-            f"{shown('tflops', '.3g')} TFLOP/s",
+            _flops(record.get("tflops")),
             f"MFU {'n/a' if mfu is None else format(mfu, '.1%')}",
             f"data wait {shown('data_wait_fraction', '.1%')}",
             f"{shown('memory_gib', '.1f')} GiB",
         ]
     )
+
+
+def _flops(tflops: float | None) -> str:
+    if tflops is None:
+        return "n/a FLOP/s"
+    return f"{tflops:.2f} TFLOP/s" if tflops >= 1 else f"{1000 * tflops:.3g} GFLOP/s"
