@@ -2,16 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
-import hashlib
 import os
-import shutil
-import tempfile
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from ardist import fault
@@ -20,28 +13,21 @@ from ardist.data.manifest import Manifest
 from ardist.data.sample import npy_size
 from ardist.errors import DataError
 from ardist.events import events
-from ardist.storage import LocalStorage, Storage, is_remote, open_storage
+from ardist.storage import Storage, is_remote, open_storage
 from data_tools import layout
-from data_tools.encode import Encoder, default_threads
-from data_tools.finalize import (
-    committed,
-    finalize,
-    missing_commits,
-    quarantined,
-    standing_manifest,
-    top_reasons,
-)
+from data_tools.encode import Encoder, EncoderChoice, default_threads
+from data_tools.finalize import committed, finalize, quarantined, standing_manifest, top_reasons
 from data_tools.freeze import Claim, Freezer, freeze_listing, load_plan, take, tool_versions
 from data_tools.labels import Labels
-from data_tools.lease import Leases, worker_name
+from data_tools.lease import Pace
 from data_tools.parameters import BuildParameters, default_samples_per_shard
 from data_tools.plan import Plan
 from data_tools.progress import Progress, SilentProgress
 from data_tools.reasons import Reason
-from data_tools.shard import Counts, ShardBuilder, ShardSettings, read_commit
-from data_tools.sources import SourceRoot
-
-STAGING = ".tmp-build-"
+from data_tools.shard import ShardSettings, read_commit
+from data_tools.staging import staging_folder
+from data_tools.worker import run_worker
+from data_tools.workers import Task, WorkerPool
 
 
 @dataclass(frozen=True)
@@ -49,12 +35,12 @@ class BuildOptions:
     """How a build is run here; none of it changes the dataset."""
 
     workers: int = 1
-    decoders: int = 0
+    probers: int = 0
     max_bad: float = 1.0
-    lease_seconds: float = 60.0
     probe_timeout: float = 60.0
-    poll_seconds: float = 1.0
+    pace: Pace = field(default_factory=Pace)
     shard: ShardSettings = field(default_factory=ShardSettings)
+    start_method: str = "spawn"
 
 
 @dataclass
@@ -91,7 +77,7 @@ def make_parameters(encoder: Encoder, *, samples_per_shard: int | None = None, *
 def build(
     videos: str,
     out: str,
-    encoder: Encoder,
+    encoder: EncoderChoice,
     parameters: BuildParameters,
     *,
     labels: Labels | None = None,
@@ -114,22 +100,15 @@ def build(
     manifest, plan = standing_manifest(storage), load_plan(storage)
     reused = manifest is not None and plan is not None
     if manifest is None or plan is None:
-        if plan is None:
-            freeze_listing(storage, claim)
-        with staging_folder(storage) as staging:
-            freezer = Freezer(
-                storage,
-                claim,
-                labels,
-                workers=options.decoders or default_threads(),
-                timeout=options.probe_timeout,
-                staging=staging,
-                on_probed=progress.probed,
-            )
-            plan = freezer.plan()
-            warn_of_other_tools(plan)
-            progress.planned(plan.num_shards, len(plan.rows), len(committed(storage)))
-            run_worker(plan, claim, storage, encoder, options, staging, progress)
+        plan = plan or _freeze(storage, claim, labels, options, progress)
+        warn_of_other_tools(plan)
+        progress.planned(plan.num_shards, len(plan.rows), len(committed(storage)))
+        if options.workers > 1:
+            task = Task(out, claim, encoder, options.shard, options.pace)
+            WorkerPool(task, options.workers, progress, options.start_method).run(storage, plan)
+        else:
+            with staging_folder(storage) as staging:
+                run_worker(plan, claim, storage, encoder.make(), options.shard, options.pace, staging, progress)
         fault.point("build.before_finalize")
         manifest = finalize(storage, plan)
         for name in list(storage.list(layout.LEASES)):
@@ -144,53 +123,21 @@ def build(
     return summary
 
 
-def run_worker(
-    plan: Plan,
-    claim: Claim,
-    storage: Storage,
-    encoder: Encoder,
-    options: BuildOptions,
-    staging: Path,
-    progress: Progress,
-) -> int:
-    """Lease and build shards until all are committed, by whomever; returns how many this worker built."""
-    if not len(plan.rows):
-        return 0
-    worker = worker_name()
-    leases = Leases(storage, worker, options.lease_seconds)
-    root = SourceRoot(claim.videos if is_remote(claim.videos) else _local_root(claim.videos))
-    settings = options.shard
-    builder = ShardBuilder(plan, root, storage, encoder, settings, staging)
-    turn = int.from_bytes(hashlib.sha256(worker.encode()).digest()[:4], "little")
-    built = 0
-    while holes := missing_commits(storage, plan):
-        took_one = False
-        at = turn % len(holes)
-        for shard in holes[at:] + holes[:at]:
-            lease = leases.take(shard)
-            if lease is None:
-                continue
-            took_one = True
-            with lease:
-                if storage.exists(layout.commit_name(shard)):
-                    continue
-                builder.on_progress = lambda counts, shard=shard: progress.advanced(shard, counts)  # type: ignore[misc]
-                commit = builder.build(shard, worker)
-            built += 1
-            progress.committed(shard, _counts(commit))
-        if not took_one:
-            time.sleep(options.poll_seconds)
-    return built
-
-
-def _counts(commit: dict[str, Any]) -> Counts:
-    entry = commit["entry"]
-    return Counts(clips=entry["n"] if entry else 0, refused=len(commit["quarantine"]), frames=commit["frames"])
-
-
-def _local_root(videos: str) -> str:
-    """The folder that listed names are relative to: of a single file or a list, the folder it lies in."""
-    return videos if os.path.isdir(videos) else os.path.dirname(videos)
+def _freeze(storage: Storage, claim: Claim, labels: Labels | None, options: BuildOptions, progress: Progress) -> Plan:
+    """List and probe, together with whoever else is at it; the plan that stands afterwards."""
+    freeze_listing(storage, claim)
+    with staging_folder(storage) as staging:
+        freezer = Freezer(
+            storage,
+            claim,
+            labels,
+            workers=options.probers or default_threads(),
+            timeout=options.probe_timeout,
+            pace=options.pace,
+            staging=staging,
+            on_probed=progress.probed,
+        )
+        return freezer.plan()
 
 
 def warn_of_other_tools(plan: Plan) -> None:
@@ -198,40 +145,6 @@ def warn_of_other_tools(plan: Plan) -> None:
     for name, version in tool_versions().items():
         if plan.tools.get(name) != version:
             events.count("build.other_tool", tool=name, planned=plan.tools.get(name), here=version)
-
-
-@contextlib.contextmanager
-def staging_folder(storage: Storage) -> Iterator[Path]:
-    """A private folder for unfinished shards, beside a local output so that finishing is a rename.
-
-    Folders of builders that died are removed on the way: nobody holds their lock any more.
-    """
-    parent = storage.root if isinstance(storage, LocalStorage) else Path(tempfile.gettempdir())
-    _remove_dead(parent)
-    folder = Path(tempfile.mkdtemp(dir=parent, prefix=STAGING))
-    descriptor = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o600)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-        os.close(descriptor)
-
-
-def _remove_dead(parent: Path) -> None:
-    for folder in parent.glob(f"{STAGING}*"):
-        try:
-            descriptor = os.open(folder / "lock", os.O_RDWR)
-        except OSError:
-            continue
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            shutil.rmtree(folder, ignore_errors=True)
-            events.count("build.staging_removed", folder=folder, level=20)
-        except BlockingIOError:
-            continue
-        finally:
-            os.close(descriptor)
 
 
 def _summary(storage: Storage, plan: Plan, manifest: Manifest, seconds: float, reused: bool) -> Summary:

@@ -94,15 +94,15 @@ def build(
     from data_tools.build import BuildOptions, make_parameters
     from data_tools.build import build as run_build
     from data_tools.decode import DecodeSettings
-    from data_tools.encode import default_threads, make_encoder
+    from data_tools.encode import EncoderChoice, default_threads
     from data_tools.labels import read_labels
     from data_tools.progress import ConsoleProgress
     from data_tools.shard import ShardSettings
 
-    chosen = make_encoder(encoder, device=device, precision=precision, batch_frames=batch_frames)
+    choice = EncoderChoice(encoder, device, precision, batch_frames)
     known = read_labels(labels) if labels is not None else None
     parameters = make_parameters(
-        chosen,
+        choice.make(),
         samples_per_shard=samples_per_shard,
         num_frames=num_frames,
         size=size,
@@ -119,11 +119,11 @@ def build(
     )
     threads = decoders or max(1, default_threads() // workers)
     shard = ShardSettings(threads, queue_mib * 2**20, replace(DecodeSettings(), timeout=video_timeout))
-    options = BuildOptions(workers=workers, decoders=threads, max_bad=max_bad, shard=shard)
+    options = BuildOptions(workers=workers, max_bad=max_bad, shard=shard)
     if log is None and not is_remote(out):
         log = Path(out).expanduser() / "build-log.jsonl"
     with ConsoleProgress(console, log) as progress:
-        run_build(videos, out, chosen, parameters, labels=known, options=options, progress=progress)
+        run_build(videos, out, choice, parameters, labels=known, options=options, progress=progress)
 
 
 @app.command()

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
@@ -131,12 +133,36 @@ class LatentEncoder(Encoder):
             return self.model.encode(frames[None])[0].float()
 
 
-def make_encoder(name: str, *, device: str, precision: str, batch_frames: int) -> Encoder:
-    """The encoder called ``pixels``, or the AR-VAE of a bundle folder; raises `ConfigError`, `HardwareError`."""
-    chosen = cast(Precision, choose("precision", precision, get_args(Precision)))
-    if name == "pixels":
+@dataclass(frozen=True)
+class EncoderChoice:
+    """Which encoder, where: ``pixels`` or a bundle folder. Small enough to hand to another process."""
+
+    name: str = "pixels"
+    device: str = "auto"
+    precision: str = "fp32"
+    batch_frames: int = 128
+
+    def make(self) -> Encoder:
+        """Load the encoder, once per process; raises `ConfigError`, `HardwareError`, `CheckpointError`."""
+        return _load(self)
+
+    def for_worker(self, number: int) -> EncoderChoice:
+        """The same on one of this machine's GPUs, where there are several and none was named."""
+        if self.name == "pixels" or self.device not in ("auto", "cuda"):
+            return self
+        import torch
+
+        gpus = torch.cuda.device_count()
+        return self if gpus == 0 else replace(self, device=f"cuda:{number % gpus}")
+
+
+@functools.lru_cache(maxsize=1)
+def _load(choice: EncoderChoice) -> Encoder:
+    precision = cast(Precision, choose("precision", choice.precision, get_args(Precision)))
+    if choice.name == "pixels":
         return PixelEncoder()
-    return LatentEncoder(name, device=resolve_device(device), precision=chosen, batch_frames=batch_frames)
+    device = resolve_device(choice.device)
+    return LatentEncoder(choice.name, device=device, precision=precision, batch_frames=choice.batch_frames)
 
 
 def resolve_device(device: str) -> str:

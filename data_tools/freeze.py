@@ -8,6 +8,7 @@ import importlib.metadata
 import json
 import os
 import subprocess
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -22,6 +23,7 @@ from ardist.media import ffmpeg_binary
 from ardist.storage import MissingObjectError, Storage
 from data_tools import layout
 from data_tools.labels import Labels
+from data_tools.lease import Leases, Pace, worker_name
 from data_tools.parameters import BuildParameters
 from data_tools.plan import Plan, Source, make_plan, parse_sources, source_lines
 from data_tools.probe import ProbeCaps, VideoFacts
@@ -97,6 +99,7 @@ class Freezer:
     labels: Labels | None
     workers: int
     timeout: float
+    pace: Pace
     staging: Path
     on_probed: Callable[[int, int], None] = lambda done, total: None
 
@@ -107,6 +110,9 @@ class Freezer:
             return standing
         root, listed = freeze_listing(self.out, self.claim)
         sources = self._sources(root, listed)
+        standing = load_plan(self.out)
+        if standing is not None or sources is None:
+            return standing or self.plan()
         created = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         tools = tool_versions()
         draft = make_plan(sources, self.claim.parameters, tools, created)
@@ -122,23 +128,44 @@ class Freezer:
     def _create_once(self, name: str, data: bytes) -> bytes:
         return data if self.out.create(name, data) else self.out.read(name)
 
-    def _sources(self, root: SourceRoot, listed: Sequence[Listed]) -> list[Source]:
-        """Probe what no earlier run has probed, one object per chunk."""
-        found: list[Source] = []
+    def _sources(self, root: SourceRoot, listed: Sequence[Listed]) -> list[Source] | None:
+        """Probe what nobody has probed, one leased object per chunk; all of them, in order.
+
+        None when meanwhile another builder froze the plan, after which it may tidy the chunks up.
+        """
         chunks = [listed[start : start + CHUNK] for start in range(0, len(listed), CHUNK)]
+        leases = Leases(self.out, worker_name(), self.pace.lease_seconds)
+        while (missing := self._unprobed(len(chunks))) and not self.out.exists(layout.PLAN):
+            took_one = False
+            for number in missing:
+                lease = leases.take(f"probe-{number:06d}")
+                if lease is None:
+                    continue
+                took_one = True
+                with lease:
+                    if self.out.exists(layout.probe_name(number)):
+                        continue
+                    fault.point("build.before_probes")
+                    probed = self._probe(root, chunks[number], number * CHUNK, len(listed))
+                    self.out.create(layout.probe_name(number), source_lines(probed))
+                    self.on_probed(min(len(listed), (number + 1) * CHUNK), len(listed))
+            if not took_one:
+                time.sleep(self.pace.poll_seconds)
+        if missing:
+            return None
+        found: list[Source] = []
         for number, chunk in enumerate(chunks):
             name = layout.probe_name(number)
-            try:
-                part = parse_sources(self.out.read(name))
-            except MissingObjectError:
-                fault.point("build.before_probes")
-                probed = self._probe(root, chunk, len(found), len(listed))
-                part = parse_sources(self._create_once(name, source_lines(probed)))
+            part = parse_sources(self.out.read(name))
             if [source.name for source in part] != [item.name for item in chunk]:
                 raise DataError(f"{self.out.url}/{name} does not belong to this listing")
             found += part
-            self.on_probed(len(found), len(listed))
         return [self._labelled(source) for source in found]
+
+    def _unprobed(self, chunks: int) -> list[int]:
+        """Numbers of the chunks without results."""
+        there = set(self.out.list(layout.PROBES))
+        return [number for number in range(chunks) if layout.probe_name(number) not in there]
 
     def _probe(self, root: SourceRoot, chunk: Sequence[Listed], done: int, total: int) -> list[Source]:
         parameters = self.claim.parameters

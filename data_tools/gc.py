@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
-import os
 import shutil
 import time
 from dataclasses import dataclass, field
@@ -15,6 +13,7 @@ from data_tools import layout
 from data_tools.finalize import committed, standing_manifest
 from data_tools.freeze import load_plan
 from data_tools.shard import read_commit
+from data_tools.staging import is_locked
 
 
 @dataclass
@@ -71,23 +70,9 @@ def _collect_unfinished(root: Path, older_than: float, dry_run: bool, garbage: G
     """Temporary files and staging folders whose owner is gone."""
     for path in sorted(root.rglob(f"{TEMPORARY}*")) if root.is_dir() else []:
         status = path.lstat()
-        if time.time() - status.st_mtime < older_than or _is_locked(path):
+        if time.time() - status.st_mtime < older_than or is_locked(path):
             continue
         garbage.names.append(path.relative_to(root).as_posix())
         garbage.bytes += status.st_size
         if not dry_run:
             shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
-
-
-def _is_locked(folder: Path) -> bool:
-    try:
-        descriptor = os.open(folder / "lock", os.O_RDWR)
-    except OSError:
-        return False
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    finally:
-        os.close(descriptor)
-    return False

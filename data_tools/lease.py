@@ -1,6 +1,6 @@
-"""Leases keep two workers from building the same shard; only the commit decides whose work counts.
+"""Leases keep two workers from doing the same work; only the commit decides whose counts.
 
-A lease of generation g is the object ``leases/<shard>.<g>.json``. It is taken by creating generation g + 1, which
+A lease of generation g is the object ``leases/<work>.<g>.json``. It is taken by creating generation g + 1, which
 exactly one worker can, and kept by rewriting it with a growing beat. No clocks are compared: a lease is stale when
 its beat did not change for the lease time while we watched, or when its owner is a dead process of this machine.
 """
@@ -14,6 +14,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,14 @@ from ardist.errors import ArdistError
 from ardist.events import events
 from ardist.storage import MissingObjectError, Storage
 from data_tools import layout
+
+
+@dataclass(frozen=True)
+class Pace:
+    """How long a silent lease is respected, and how often to look whether others have finished."""
+
+    lease_seconds: float = 60.0
+    poll_seconds: float = 1.0
 
 
 def worker_name() -> str:
@@ -36,16 +45,16 @@ class Leases:
         self._out, self.worker, self._seconds, self._clock = out, worker, seconds, clock
         self._seen: dict[str, tuple[int, float]] = {}
 
-    def take(self, shard: int) -> Lease | None:
-        """The shard's lease, or None while another worker is alive on it."""
-        prefix = f"{layout.LEASES}{shard:06d}."
+    def take(self, what: str) -> Lease | None:
+        """The lease of a piece of work, or None while another worker is alive on it."""
+        prefix = f"{layout.LEASES}{what}."
         latest = max(self._out.list(prefix), default=None)
         generation = 0
         if latest is not None:
             generation = int(latest.removeprefix(prefix).removesuffix(".json"))
             if not self._stale(latest):
                 return None
-            events.count("build.lease_taken_over", shard=shard, generation=generation)
+            events.count("build.lease_taken_over", work=what, generation=generation)
         name = f"{prefix}{generation + 1:04d}.json"
         lease = Lease(self._out, name, self.worker, self._seconds)
         return lease if lease.start() else None

@@ -10,7 +10,7 @@ from typing import Any
 
 from data_tools.probe import ProbeCaps, probe
 from data_tools.reasons import Reason, Refusal
-from data_tools.sandbox import Limits, limit_self
+from data_tools.sandbox import Limits, die_with_parent, limit_self
 
 
 def answer(request: dict[str, Any]) -> dict[str, Any]:
@@ -34,7 +34,8 @@ def main() -> None:
     import av
 
     av.logging.set_level(av.logging.PANIC)
-    memory, cpu_seconds = int(sys.argv[1]), int(sys.argv[2])
+    memory, cpu_seconds, parent = map(int, sys.argv[1:4])
+    die_with_parent(parent)
     requests, answers = os.fdopen(os.dup(0), "r"), os.fdopen(os.dup(1), "w")
     # Nothing but an answer may reach the parent: whatever a library prints goes to the error stream.
     os.dup2(2, 1)

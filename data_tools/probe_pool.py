@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import queue
 import selectors
 import signal
@@ -56,7 +57,8 @@ class ProbeChild:
         self._process, self._served = None, 0
 
     def _start(self) -> subprocess.Popen[bytes]:
-        command = [sys.executable, "-m", "data_tools.probe_child", str(self._memory), str(self._cpu_seconds)]
+        numbers = map(str, (self._memory, self._cpu_seconds, os.getpid()))
+        command = [sys.executable, "-m", "data_tools.probe_child", *numbers]
         self._process = subprocess.Popen(
             command,
             stdin=subprocess.PIPE,

@@ -34,6 +34,8 @@ ALLOWED_FORMATS = (
 
 PROTOCOLS = "file,pipe"
 
+_PR_SET_PDEATHSIG, _PR_SET_NO_NEW_PRIVS = 1, 38
+
 
 @dataclass(frozen=True)
 class Limits:
@@ -56,14 +58,22 @@ def limit_child(pid: int, limits: Limits) -> None:
 
 
 def limit_self(limits: Limits) -> None:
-    """Apply the limits to this process, and die with the parent (Linux)."""
+    """Apply the limits to this process; it may gain no privileges from now on (Linux)."""
     for kind, value in _pairs(limits):
         resource.setrlimit(kind, (value, value))
+    _prctl(_PR_SET_NO_NEW_PRIVS, 1)
+
+
+def die_with_parent(parent: int) -> None:
+    """End this process when its parent, the process numbered `parent`, does (Linux)."""
+    _prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL))
+    if os.getppid() != parent:  # it ended before we asked
+        os._exit(1)
+
+
+def _prctl(option: int, value: int) -> None:
     if sys.platform == "linux":
-        pr_set_pdeathsig, pr_set_no_new_privs = 1, 38
-        library = ctypes.CDLL(None, use_errno=True)
-        library.prctl(pr_set_pdeathsig, int(signal.SIGKILL), 0, 0, 0)
-        library.prctl(pr_set_no_new_privs, 1, 0, 0, 0)
+        ctypes.CDLL(None, use_errno=True).prctl(option, value, 0, 0, 0)
 
 
 def _pairs(limits: Limits) -> list[tuple[int, int]]:

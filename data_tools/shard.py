@@ -34,6 +34,7 @@ from data_tools.sources import SourceRoot
 class Counts:
     """What a shard took, for progress and the final table."""
 
+    shard: int = 0
     clips: int = 0
     refused: int = 0
     frames: int = 0
@@ -59,7 +60,7 @@ class ShardBuilder:
     encoder: Encoder
     settings: ShardSettings
     staging: Path
-    on_progress: Callable[[Counts], None] = lambda counts: None
+    on_progress: Callable[[int, Counts], None] = lambda shard, counts: None
     _class_ids: dict[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -70,7 +71,7 @@ class ShardBuilder:
         fault.point("build.shard_started")
         begun = time.monotonic()
         refusals: list[dict[str, object]] = []
-        counts = Counts()
+        counts = Counts(shard=shard)
         samples = self._samples(shard, refusals, counts)
         entry = self._write(shard, samples)
         fault.point("build.shard_written")
@@ -141,7 +142,7 @@ class ShardBuilder:
                     self._refuse([clip], result, "encode", refusals, counts)
                     continue
                 counts.clips += 1
-                self.on_progress(counts)
+                self.on_progress(counts.shard, counts)
                 fault.point("build.sample")
                 yield self._sample(clip, result)
 
@@ -152,7 +153,7 @@ class ShardBuilder:
         name = shown_name(self.plan.sources[clips[0].source].name)
         events.count(f"build.refused.{refusal.reason}", len(clips), source=name, detail=refusal.detail)
         refusals.extend(refusal.record(name, stage, row=clip.row, start=clip.start) for clip in clips)
-        self.on_progress(counts)
+        self.on_progress(counts.shard, counts)
 
     def _sample(self, clip: Clip, array: Stored) -> Sample:
         source = self.plan.sources[clip.source]

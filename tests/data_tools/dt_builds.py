@@ -13,19 +13,26 @@ import numpy as np
 from ardist.data.manifest import load_manifest
 from data_tools import layout
 from data_tools.build import BuildOptions, Summary, build, make_parameters
-from data_tools.encode import Encoder, PixelEncoder
+from data_tools.encode import EncoderChoice
+from data_tools.labels import Labels
 from data_tools.shard import ShardSettings
 
 SMALL = {"num_frames": 4, "size": 16, "stride": 4, "samples_per_shard": 4}
 
 
-def build_small(videos: Path | str, out: Path | str, encoder: Encoder | None = None, **changes: Any) -> Summary:
-    """Build tiny pixel clips; keywords are parameters, or options of the same name."""
-    encoder = encoder or PixelEncoder()
+def build_small(
+    videos: Path | str,
+    out: Path | str,
+    encoder: EncoderChoice | None = None,
+    labels: Labels | None = None,
+    **changes: Any,
+) -> Summary:
+    """Build tiny clips; keywords are parameters, or options of the same name."""
+    encoder = encoder or EncoderChoice()
     options = {name: changes.pop(name) for name in list(changes) if name in BuildOptions.__dataclass_fields__}
-    labels = changes.pop("labels", None)
     options.setdefault("shard", ShardSettings(decoders=2))
-    parameters = make_parameters(encoder, **{**SMALL, **changes})
+    options.setdefault("probers", 2)
+    parameters = make_parameters(encoder.make(), **{**SMALL, **changes})
     return build(str(videos), str(out), encoder, parameters, labels=labels, options=BuildOptions(**options))
 
 

@@ -13,6 +13,7 @@ from dt_videos import make_video
 
 from ardist import fault
 from data_tools import layout
+from data_tools.lease import Pace
 
 # Every point that a build over local files passes, in order of the first visit; the test below keeps it complete.
 POINTS = [
@@ -21,12 +22,12 @@ POINTS = [
     "storage.local_before_link",
     "build.after_claim",
     "build.after_listing",
-    "build.before_probes",
     "build.before_sources",
     "build.before_plan",
     "build.after_plan",
     "build.before_lease",
     "build.after_lease",
+    "build.before_probes",
     "build.shard_started",
     "build.sample",
     "build.shard_written",
@@ -119,7 +120,7 @@ def test_the_next_run_does_not_wait_for_a_dead_workers_lease(videos: Path, tmp_p
     leases = list((out / "leases").iterdir())
     assert len(leases) == 1
     assert json.loads(leases[0].read_text())["pid"] > 0
-    summary = build_small(videos, out, lease_seconds=3600, poll_seconds=3600)
+    summary = build_small(videos, out, pace=Pace(3600, 3600))
     assert summary.events["build.lease_taken_over"] == 1
     assert len(samples(out)) == summary.manifest.num_samples == 5
 

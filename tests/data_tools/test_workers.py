@@ -1,0 +1,193 @@
+"""Several workers on one plan: they share the work, survive each other, and only one commit counts."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from dt_builds import build_small
+from dt_videos import make_video
+
+from ardist import fault
+from ardist.errors import HardwareError
+from ardist.events import events
+from ardist.storage import LocalStorage
+from data_tools.lease import Lease, Leases, Pace
+from data_tools.verify import verify
+
+Child = Callable[[Callable[[], Any], str], int]
+QUICK = Pace(lease_seconds=1.0, poll_seconds=0.05)
+
+
+@pytest.fixture(scope="module")
+def videos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three videos, twelve clips, six shards of two."""
+    folder = tmp_path_factory.mktemp("workers")
+    for number, pattern in enumerate(("testsrc", "testsrc2", "smptebars")):
+        make_video(folder / f"{number}.mp4", frames=16, pattern=pattern)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def alone(videos: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Digest of the manifest that one worker makes."""
+    return build_small(videos, tmp_path_factory.mktemp("alone") / "out", samples_per_shard=2).manifest.digest()
+
+
+def _start(function: Callable[[], Any], planned: str = "") -> int:
+    """Run a function in a forked child; returns its process number."""
+    child = os.fork()
+    if child == 0:
+        status = 1
+        try:
+            os.environ[fault.VARIABLE] = planned
+            fault._visits.clear()
+            function()
+            status = 0
+        finally:
+            os._exit(status)
+    return child
+
+
+def _authors(out: Path) -> set[str]:
+    return {json.loads(path.read_text())["worker"] for path in (out / "commits").glob("*.json")}
+
+
+def test_three_workers_make_the_dataset_of_one(videos: Path, alone: str, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    summary = build_small(videos, out, samples_per_shard=2, workers=3, start_method="fork", pace=QUICK)
+    assert summary.manifest.digest() == alone
+    assert len(_authors(out)) >= 2
+    assert not verify(str(out)).problems
+    assert not list(out.glob(".tmp-*"))
+    assert not list((out / "leases").glob("*"))
+
+
+def test_a_killed_worker_is_replaced(videos: Path, alone: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each worker dies at its second commit, again and again: still the same dataset."""
+    monkeypatch.setenv(fault.VARIABLE, "kill@build.before_commit#2")
+    out = tmp_path / "out"
+    summary = build_small(videos, out, samples_per_shard=2, workers=2, start_method="fork", pace=QUICK)
+    assert summary.manifest.digest() == alone
+    assert summary.events["build.worker_died"] >= 2
+    assert not verify(str(out)).problems
+
+
+def test_workers_that_always_die_end_the_build(
+    videos: Path, alone: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(fault.VARIABLE, "exit@build.shard_started:9")
+    out = tmp_path / "out"
+    with pytest.raises(HardwareError, match="workers died 7 times, the last with status 9"):
+        build_small(videos, out, samples_per_shard=2, workers=2, start_method="fork", pace=QUICK)
+    monkeypatch.delenv(fault.VARIABLE)
+    assert build_small(videos, out, samples_per_shard=2).manifest.digest() == alone
+
+
+def test_a_workers_error_reaches_the_user(videos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(fault.VARIABLE, "raise@storage.local_before_link#7:28")
+    with pytest.raises(HardwareError, match="No space left on device"):
+        build_small(videos, tmp_path / "out", samples_per_shard=2, workers=2, start_method="fork", pace=QUICK)
+
+
+def test_workers_end_with_the_coordinator(videos: Path, alone: str, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    options = {"samples_per_shard": 2, "workers": 2, "start_method": "fork", "pace": QUICK}
+    child = _start(lambda: build_small(videos, out, **options), "sleep@build.sample:30")
+    deadline = time.monotonic() + 60
+    while len(list((out / "leases").glob("0*"))) < 2:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    owners = [json.loads(path.read_text())["pid"] for path in (out / "leases").glob("0*")]
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    while any(_alive(pid) for pid in owners):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    assert build_small(videos, out, samples_per_shard=2).manifest.digest() == alone
+
+
+def _alive(pid: int) -> bool:
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except FileNotFoundError:
+        return False
+    return state not in "ZX"
+
+
+def test_two_builders_at_once_share_the_work(videos: Path, alone: str, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    slow = "sleep@build.shard_started:0.2"
+    children = [_start(lambda: build_small(videos, out, samples_per_shard=2, pace=QUICK), slow) for _ in range(2)]
+    assert [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children] == [0, 0]
+    assert build_small(videos, out, samples_per_shard=2).manifest.digest() == alone
+    assert len(_authors(out)) == 2
+    assert not verify(str(out)).problems
+
+
+def test_a_stopped_workers_late_commit_loses(videos: Path, alone: str, tmp_path: Path) -> None:
+    """SIGSTOP just before the commit, beyond the lease; SIGCONT when the shard is long committed."""
+    out = tmp_path / "out"
+    child = _start(lambda: build_small(videos, out, samples_per_shard=2, pace=QUICK), "stop@build.before_commit#1")
+    assert os.WIFSTOPPED(os.waitpid(child, os.WUNTRACED)[1])
+    summary = build_small(videos, out, samples_per_shard=2, pace=QUICK)
+    assert summary.events["build.lease_taken_over"] == 1
+    assert summary.manifest.digest() == alone
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    os.kill(child, signal.SIGCONT)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file() and path in before} == {
+        path: data for path, data in before.items() if path.exists()
+    }
+    assert not verify(str(out)).problems
+    assert not verify(str(out)).notes
+
+
+def test_a_lease_is_kept_by_its_beat_and_lost_without(tmp_path: Path) -> None:
+    storage = LocalStorage(tmp_path)
+    now = [0.0]
+    mine = Leases(storage, "me", 0.4)
+    other = Leases(storage, "other", 0.4, clock=lambda: now[0])
+    lease = mine.take("000001")
+    assert isinstance(lease, Lease)
+    path = tmp_path / "leases" / "000001.0001.json"
+    foreign = json.loads(path.read_text()) | {"machine": "another machine"}
+    assert other.take("000001") is None
+    now[0] = 100.0
+    time.sleep(0.3)  # it beats meanwhile, and the watcher sees that
+    assert other.take("000001") is None
+    with lease:
+        pass
+    assert not path.exists()
+    path.write_text(json.dumps(foreign))
+    assert other.take("000001") is None
+    now[0] = 100.3
+    assert other.take("000001") is None
+    now[0] = 100.5
+    taken = other.take("000001")
+    assert taken is not None
+    assert (tmp_path / "leases" / "000001.0002.json").exists()
+    with taken:
+        assert mine.take("000001") is None
+    assert events.snapshot()["build.lease_taken_over"] == 1
+
+
+def test_of_many_that_see_a_dead_lease_one_gets_it(tmp_path: Path) -> None:
+    from concurrent.futures import ThreadPoolExecutor
+
+    storage = LocalStorage(tmp_path)
+    storage.put("leases/000001.0001.json", b"damaged")
+    contenders = [Leases(storage, str(n), 0.0, clock=iter(range(1000)).__next__) for n in range(6)]
+    for contender in contenders:
+        assert contender.take("000001") is None
+    with ThreadPoolExecutor(6) as pool:
+        taken = [lease for lease in pool.map(lambda c: c.take("000001"), contenders) if lease is not None]
+    assert len(taken) == 1
+    with taken[0]:
+        pass
