@@ -76,18 +76,21 @@ def test_loss_is_the_same_for_every_split_and_order(data: Path, law: Any, gamma:
     assert whole_loss(objective, model, replace(batch, epoch=4)) != pytest.approx(whole, abs=1e-4)
 
 
-def test_what_the_network_sees_is_keyed_by_sample_epoch_and_seed(data: Path) -> None:
+def test_noise_timesteps_and_dropout_are_keyed_by_sample_epoch_and_seed(data: Path) -> None:
     batch = read_samples(data)
-    seen = {}
+    changes = {"diffusion__target": "eps", "diffusion__condition_dropout": 0.5}
+    drawn = {}
     for name, seed, epoch in (("a", 0, 1), ("again", 0, 1), ("epoch", 0, 2), ("seed", 1, 1)):
-        recorder = Recorder()
-        run(denoiser_objective(data, seed=seed), recorder, replace(batch, epoch=epoch))
-        seen[name] = recorder.calls[0]
-    assert all(torch.equal(seen["a"][key], seen["again"][key]) for key in seen["a"])
-    for other in ("epoch", "seed"):
-        assert not torch.equal(seen["a"]["noisy"], seen[other]["noisy"])
-        assert not torch.equal(seen["a"]["timesteps"], seen[other]["timesteps"])
-    assert bool((seen["a"]["timesteps"].diff(dim=1) >= 0).all())
+        drawn[name] = denoiser_objective(data, seed=seed, **changes).prepare(replace(batch, epoch=epoch))
+    for what in ("target", "timesteps", "class_ids", "noisy"):  # the target is the noise
+        assert torch.equal(drawn["a"][what], drawn["again"][what]), what
+        for other in ("epoch", "seed"):
+            assert not torch.equal(drawn["a"][what], drawn[other][what]), (what, other)
+    assert bool((drawn["a"]["timesteps"].diff(dim=1) >= 0).all())
+    noise = drawn["a"]["target"]
+    assert float(noise.mean()) == pytest.approx(0.0, abs=0.1)
+    assert float(noise.std()) == pytest.approx(1.0, abs=0.1)
+    assert not torch.equal(noise[0], noise[1])
 
 
 def test_dropped_and_missing_labels_become_the_null_class(data: Path) -> None:
