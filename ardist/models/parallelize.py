@@ -47,6 +47,8 @@ def parallelize(
     if compile and dynamic:
         # Sizes that happen to be equal in the first call (16 clips of 16 frames) stay independent of each other.
         shape_config.use_duck_shape = False
+        # Sizes 0 and 1 still have programs of their own: no context, one frame, one clip, with and without gradients.
+        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 32)
     for block in model.blocks:
         for half in ("before_attention", "after_attention"):
             function: Callable[..., Any] = getattr(block, half)

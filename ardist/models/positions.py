@@ -27,13 +27,13 @@ def axial_rotation(
     head_dim: int,
     theta: float,
     device: torch.device | str = "cpu",
-) -> Float[Tensor, "2 n 2 1 p"]:
+) -> Float[Tensor, "2 n 2 1 d"]:
     """Rotary tables of ``[context ; frames]`` over a frame axis and a token axis, in fp32.
 
-    The first axis holds cosine and sine, the third query and key; p = head_dim / 2. A dot product of two video tokens
-    depends on the differences of their frames and of their tokens only, so any number of frames works and the angles
-    of a far frame are those of a near one. Context tokens have no place in time: their keys keep only the channels that
-    do not turn, so that what a frame reads from the context does not depend on the frame's number.
+    The first axis holds the cosines and the signed sines of `rotate`, the third query and key. A dot product of two
+    video tokens depends on the differences of their frames and of their tokens only, so any number of frames works
+    and far frames are related as near ones are. Context tokens have no place in time: their keys keep only the
+    channels that do not turn, so that what a frame reads from the context does not depend on the frame's number.
     """
     frame_pairs, token_pairs, free_pairs = axis_pairs(head_dim)
     frame = torch.arange(*frames, device=device, dtype=torch.float32)
@@ -41,23 +41,29 @@ def axial_rotation(
     angles = torch.zeros(len(frame), tokens_per_frame, head_dim // 2, device=device)
     angles[..., :frame_pairs] = (frame[:, None] * _frequencies(frame_pairs, theta, device))[:, None]
     angles[..., frame_pairs : frame_pairs + token_pairs] = token[:, None] * _frequencies(token_pairs, theta, device)
-    video = angles.flatten(0, 1)
-    tables = torch.stack([video.cos(), video.sin()])[:, :, None, None].expand(-1, -1, 2, -1, -1)
+    video = _tables(angles.flatten(0, 1))
     if not context_tokens:
-        return tables
-    context = torch.zeros(2, context_tokens, 2, 1, head_dim // 2, device=device)
-    context[0] = 1
-    context[0, :, 1, :, : head_dim // 2 - free_pairs] = 0
-    return torch.cat([context, tables], dim=1)
+        return video
+    context = _tables(angles.new_zeros(context_tokens, head_dim // 2))
+    for half in context[0, :, 1].chunk(2, dim=-1):
+        half[..., : head_dim // 2 - free_pairs] = 0
+    return torch.cat([context, video], dim=1)
 
 
 def sequence_rotation(
     first: int, length: int, head_dim: int, device: torch.device | str = "cpu"
-) -> Float[Tensor, "2 n 2 1 p"]:
+) -> Float[Tensor, "2 n 2 1 d"]:
     """Rotary tables over one axis, the index in the whole sequence, context included (released variant), in fp32."""
     index = torch.arange(first, first + length, device=device, dtype=torch.float32)
     angles = index[:, None] * _frequencies(head_dim // 2, RELEASED_THETA, device)
-    return torch.stack([angles.cos(), angles.sin()])[:, :, None, None].expand(-1, -1, 2, -1, -1)
+    return _tables(angles)
+
+
+def _tables(angles: Float[Tensor, "n p"]) -> Float[Tensor, "2 n 2 1 d"]:
+    """``[cos, cos]`` and ``[-sin, sin]`` over the channels of a head, alike for queries and keys."""
+    cos, sin = angles.cos(), angles.sin()
+    tables = torch.stack([torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)])
+    return tables[:, :, None, None].repeat(1, 1, 2, 1, 1)
 
 
 def _frequencies(count: int, theta: float, device: torch.device | str) -> Float[Tensor, "p"]:
@@ -65,11 +71,10 @@ def _frequencies(count: int, theta: float, device: torch.device | str) -> Float[
     return theta ** (-torch.arange(count, device=device, dtype=torch.float32) / max(count, 1))
 
 
-def rotate(x: Float[Tensor, "b n 2 h d"], rotation: Float[Tensor, "2 n 2 1 p"]) -> Float[Tensor, "b n 2 h d"]:
+def rotate(x: Float[Tensor, "b n 2 h d"], rotation: Float[Tensor, "2 n 2 1 d"]) -> Float[Tensor, "b n 2 h d"]:
     """Turn queries and keys by their tables; computed in fp32 and returned in the dtype of `x`."""
-    cos, sin = rotation[0], rotation[1]
-    first, second = x.chunk(2, dim=-1)
-    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)
+    swapped = torch.roll(x, x.shape[-1] // 2, dims=-1)
+    return (swapped * rotation[1]).add_(x * rotation[0]).to(x.dtype)
 
 
 def sincos_table(length: int, width: int) -> Float[Tensor, "n w"]:

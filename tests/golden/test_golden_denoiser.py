@@ -42,11 +42,10 @@ def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     return weights, {key: value for key, value in tensors.items() if not key.startswith("w.")}
 
 
-@pytest.mark.parametrize("backend", ["reference", "auto"])
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_reproduces_the_reference_output(golden_dir: Path, variant: str, backend: str) -> None:
+def test_reproduces_the_reference_output(golden_dir: Path, variant: str) -> None:
     weights, case = load(golden_dir / f"denoiser_{variant}.safetensors")
-    config = DenoiserConfig(**SHAPE | VARIANTS[variant] | {"attention_backend": backend})
+    config = DenoiserConfig(**SHAPE | VARIANTS[variant])
     model = Denoiser(config)
     model.load_state_dict(convert_released_state_dict(weights, config))
     with torch.no_grad():

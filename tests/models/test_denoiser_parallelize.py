@@ -48,6 +48,8 @@ import json
 import torch
 from torch._dynamo.utils import counters
 from denoiser_cases import inputs, random_denoiser
+from ardist.diffusion.noise import NoiseSchedule
+from ardist.inference.sampler import ADSampler
 from ardist.models.parallelize import parallelize
 
 changes = dict(context_tokens=5, context_dim=6, num_classes=3, depth=2)
@@ -67,6 +69,14 @@ for kind in ("none", "selective"):
         worst = max([worst, *((p.grad - q.grad).abs().max().item() for p, q in pairs if p.grad is not None)])
         graphs.append(counters["stats"]["unique_graphs"])
     report[kind] = {"graphs": graphs, "worst": worst, "breaks": dict(counters["graph_break"])}
+sampled = []
+for denoiser in (plain, compiled):
+    sampler = ADSampler(denoiser, NoiseSchedule.create(), window=3)
+    before = counters["stats"]["unique_graphs"]
+    videos = [sampler.sample(n, num_inference_steps=4, difference=s, batch_size=2) for n, s in ((5, 2), (8, 4), (6, 0))]
+    sampled.append(torch.cat(videos, dim=1))
+    report["sampling_graphs"] = counters["stats"]["unique_graphs"] - before
+report["sampling_error"] = (sampled[0] - sampled[1]).abs().max().item()
 print(json.dumps(report))
 """
 
@@ -82,7 +92,11 @@ def test_blocks_compile_without_a_break_and_once_for_all_shapes(pytestconfig: py
         check=False,
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    for kind, seen in json.loads(done.stdout.splitlines()[-1]).items():
+    report = json.loads(done.stdout.splitlines()[-1])
+    # Two halves, times: the context alone, one frame, several frames.
+    assert 0 < report.pop("sampling_graphs") <= 6
+    assert report.pop("sampling_error") < 1e-5
+    for kind, seen in report.items():
         assert seen["graphs"] == [2, 2], f"{kind}: two programs for all blocks, none added for another shape"
         assert seen["breaks"] == {}, kind
         assert seen["worst"] < 1e-6, kind

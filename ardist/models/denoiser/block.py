@@ -37,7 +37,7 @@ class QKNorm(nn.Module):
 
     def forward(self, x: Float[Tensor, "b n 2 h d"]) -> Float[Tensor, "b n 2 h d"]:
         """Normalise queries ``x[:, :, 0]`` and keys ``x[:, :, 1]`` per token and head."""
-        return layer_norm(x, x.shape[-1:], eps=QK_EPS) * self.weight + self.bias
+        return torch.addcmul(self.bias, layer_norm(x, x.shape[-1:], eps=QK_EPS), self.weight)
 
 
 class Block(nn.Module):
@@ -66,7 +66,7 @@ class Block(nn.Module):
         self,
         tokens: Float[Tensor, "b n w"],
         conditioning: Float[Tensor, "#b f c"],
-        rotation: Float[Tensor, "2 n 2 1 p"] | None,
+        rotation: Float[Tensor, "2 n 2 1 d"] | None,
         layout: AttentionLayout,
         store: KeyValueStore | None = None,
     ) -> Float[Tensor, "b n w"]:
@@ -88,7 +88,7 @@ class Block(nn.Module):
         self,
         tokens: Float[Tensor, "b n w"],
         modulation: Float[Tensor, "#b f m"],
-        rotation: Float[Tensor, "2 n 2 1 p"] | None,
+        rotation: Float[Tensor, "2 n 2 1 d"] | None,
         context_tokens: int,
     ) -> tuple[Float[Tensor, "b n w"], Float[Tensor, "b h n d"], Float[Tensor, "b h n d"], Float[Tensor, "b h n d"]]:
         """The residual stream, and rotated q, k and v."""
@@ -129,11 +129,11 @@ class Block(nn.Module):
 
     def _add_gated(self, residual: Tensor, branch: Tensor, gate: Tensor, context_tokens: int) -> Tensor:
         """``residual + gate * branch`` on the video tokens of each frame, ``residual + branch`` on context tokens."""
-        gated = self._by_frame(branch, gate, context_tokens) * gate[:, :, None]
-        video = gated.add_(self._by_frame(residual, gate, context_tokens)).flatten(1, 2)
+        gated = (self._by_frame(branch, gate, context_tokens) * gate[:, :, None]).flatten(1, 2)
         if not context_tokens:
-            return video
-        return torch.cat([residual[:, :context_tokens] + branch[:, :context_tokens], video], dim=1)
+            return residual + gated
+        context = residual[:, :context_tokens] + branch[:, :context_tokens]
+        return torch.cat([context, residual[:, context_tokens:] + gated], dim=1)
 
     def _by_frame(self, x: Tensor, modulation: Tensor, context_tokens: int) -> Tensor:
         """The video tokens of ``[context ; frames]`` as a view [b f l w]; `modulation` is [b f w]."""

@@ -162,10 +162,11 @@ class Denoiser(nn.Module):
 
     def _embed(self, latents: Tensor, first_frame: int) -> Tensor:
         tokens: Tensor = self.input(latents.to(self.input.weight.dtype).flatten(1, 2))
-        if self.position_table is not None:
-            start = first_frame * self.config.tokens_per_frame
-            tokens = tokens + self.position_table[start : start + tokens.shape[1]]
-        return tokens
+        if self.position_table is None:
+            # Not a view: compiled blocks would tell the first one's input from the others' by its base.
+            return tokens.clone()
+        start = first_frame * self.config.tokens_per_frame
+        return tokens + self.position_table[start : start + tokens.shape[1]]
 
     def _condition(self, timesteps: Tensor, class_ids: Tensor | None) -> Tensor:
         """What the adaLN of every block starts from, [b f w]."""
