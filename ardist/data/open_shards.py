@@ -78,6 +78,8 @@ class OpenShard:
         self.offsets, self.sizes = records["offset"], records["size"]
         self.hashes, self.keys, self.class_ids = records["hash"], records["key"], records["class_id"]
         self.member_size = int(np.median(self.sizes))
+        self.same_sizes = bool((self.sizes == self.member_size).all())
+        self.highest_class = int(self.class_ids.max())
         self.header_length = self.member_size - math.prod(entry.shape) * NUMPY_DTYPES[entry.dtype].itemsize
         if not 10 <= self.header_length <= HEADER_ROOM:
             raise ShardError(self.name, "header", self.wrong_size(0))

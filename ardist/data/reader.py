@@ -105,7 +105,7 @@ class SampleReader:
         """Read one member into a row and compare its hash; the hot path of the loader."""
         shard = part.shard
         size = shard.member_size
-        if shard.sizes.item(row) != size:
+        if not shard.same_sizes and shard.sizes.item(row) != size:
             raise shard.error(row, "header", shard.wrong_size(row))
         target = buffer.targets[slot] if shard.header_length == buffer.header_length else _pieces(shard, buffer, slot)
         try:
@@ -120,7 +120,7 @@ class SampleReader:
         if not complete:
             self._read_again(part, row, target)
         label = shard.class_ids.item(row)
-        if label >= self._num_classes:
+        if shard.highest_class >= self._num_classes and label >= self._num_classes:
             raise shard.error(row, "label", f"class id {label}, but the dataset has {self._num_classes} classes")
         buffer.keys[slot] = shard.keys.item(row)
         buffer.class_ids[slot] = label

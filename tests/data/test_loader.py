@@ -17,6 +17,7 @@ import torch
 from dataset_factory import key_of, latent, make_dataset, number_of
 
 from ardist.config.data import DataConfig
+from ardist.data.batch import RowBuffer
 from ardist.data.loader import StreamingLoader, read_samples
 from ardist.data.manifest import fold_shards, load_manifest, write_manifest
 from ardist.data.order import LaneOrder, divisors
@@ -275,3 +276,21 @@ def test_order_does_not_depend_on_the_environment(dataset: Path, monkeypatch: py
     monkeypatch.chdir(dataset.parent)
     with open_loader(Path(os.path.relpath(dataset))) as loader:
         assert served(loader, 5) == expected
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 4), (16, 1024, 32), (1, 1, 70_001), (7, 11, 1021)])
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_every_place_of_a_row_is_checked_for_nonfinite_numbers(shape: tuple[int, ...], dtype: Any) -> None:
+    buffer = RowBuffer(5, shape, dtype)
+    rng = np.random.default_rng(0)
+    assert buffer.nonfinite_rows(0, 5) == []
+    for value in (float("nan"), float("inf"), float("-inf")):
+        for row in (0, 3, 4):
+            flat = buffer.values[row].reshape(-1)
+            for place in {0, flat.numel() - 1, int(rng.integers(flat.numel()))}:
+                flat[place] = value
+                assert buffer.nonfinite_rows(0, 5) == [row]
+                assert buffer.nonfinite_rows(row, row + 1) == [row]
+                assert row not in buffer.nonfinite_rows(1, 3)
+                flat[place] = torch.finfo(flat.dtype).max
+    assert buffer.nonfinite_rows(0, 5) == []
