@@ -73,8 +73,8 @@ class TrainingConfig(Section):
     )
     grad_accumulation: Literal["auto", "fp32", "model"] = Field(
         "auto",
-        description="type in which micro-batches' gradients are added; auto: fp32 where DeepSpeed can, for bf16 weights "
-        "and more than one micro-batch per step",
+        description="type in which micro-batches' gradients are added; auto: fp32 where DeepSpeed can, "
+        "for bf16 weights and more than one micro-batch per step",
     )
     max_skipped_in_row: int = Field(20, ge=1, description="stop with a report after this many skipped steps in a row")
     log_every: int = Field(10, ge=1)
@@ -146,6 +146,14 @@ class TrackingConfig(Section):
     tensorboard: bool = False
 
 
+class AugmentationConfig(Section):
+    """Random changes of the frames an AR-VAE is trained on, one draw per clip."""
+
+    flip: bool = Field(True, description="mirror half of the clips left-right")
+    shift: int = Field(0, ge=0, description="largest shift in pixels, borders mirrored")
+    colour: float = Field(0.0, ge=0, le=0.5, description="largest relative change of each channel's contrast and level")
+
+
 class TrainConfig(Section):
     """One training run, complete."""
 
@@ -158,6 +166,7 @@ class TrainConfig(Section):
     init_weights: str = Field("auto", description="auto: the largest EMA decay there is; raw; or an EMA decay")
     denoiser: DenoiserConfig | None = None
     ar_vae: ARVAEConfig | None = None
+    augmentation: AugmentationConfig = AugmentationConfig()
     diffusion: DiffusionConfig = DiffusionConfig()
     data: DataConfig
     optimizer: OptimizerConfig = OptimizerConfig()
@@ -172,6 +181,14 @@ class TrainConfig(Section):
     def _task_has_its_model(self) -> TrainConfig:
         if getattr(self, self.task) is None:
             raise ValueError(f"task {self.task!r} needs a section {self.task!r}")
+        return self
+
+    @model_validator(mode="after")
+    def _shift_fits_the_frame(self) -> TrainConfig:
+        if self.ar_vae is not None and self.augmentation.shift >= self.ar_vae.image_size:
+            raise ValueError(
+                f"augmentation.shift={self.augmentation.shift} is not below ar_vae.image_size={self.ar_vae.image_size}"
+            )
         return self
 
     @model_validator(mode="after")

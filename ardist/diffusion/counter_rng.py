@@ -37,6 +37,8 @@ class Purpose(enum.IntEnum):
     FRAME_CHOICE = 7
     SAMPLER_NOISE = 8
     VALIDATION = 9
+    SHIFT = 10
+    COLOUR = 11
 
 
 _WORD = 0xFFFFFFFF

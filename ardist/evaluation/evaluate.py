@@ -18,7 +18,7 @@ from ardist.errors import ConfigError, DataError
 from ardist.evaluation import reconstruction
 from ardist.inference.bundle import Bundle, load_bundle
 from ardist.models.weights import AR_VAE_FILE, load_ar_vae, read_config
-from ardist.training.batches import micro_batches
+from ardist.training.batches import single_clips
 from ardist.training.objectives import DenoiserObjective
 
 Scores = dict[str, float | int | str]
@@ -81,7 +81,7 @@ def evaluate_denoising(bundle: Path, dataset: str) -> Scores:
         data=DataConfig(path=dataset),
     )
     objective = DenoiserObjective(config, manifest, torch.device("cpu"))
-    clips = micro_batches(read_samples(dataset), 1)
+    clips = single_clips(read_samples(dataset))
     summary = objective.summarise([objective.evaluate(loaded.denoiser, clip) for clip in clips])
     return {
         "kind": "denoising",

@@ -31,6 +31,7 @@ from ardist.models.ar_vae import ARVAE
 from ardist.models.denoiser import Denoiser
 from ardist.models.flops import denoiser_flops
 from ardist.models.parallelize import parallelize
+from ardist.training import augmentation
 
 Forward = Callable[..., Any]
 """A model's forward pass, be it the module itself or an engine around it."""
@@ -239,12 +240,13 @@ class AutoencoderObjective:
         return model
 
     def prepare(self, batch: Batch) -> Inputs:
-        """The pixels as they are stored: one byte each until their micro-batch's turn comes."""
-        return {"pixels": batch.values}
+        """The pixels as they are stored, one byte each until their micro-batch's turn comes, and their changes."""
+        drawn = augmentation.draw(self.config.augmentation, self.config.seed, batch.epoch, batch.sample_ids)
+        return {"pixels": batch.values, **drawn}
 
     def loss(self, forward: Forward, inputs: Inputs) -> tuple[Tensor, dict[str, Tensor]]:
         """Mean absolute error over pixels in [0, 1]."""
-        frames = _frames(inputs["pixels"])
+        frames = augmentation.augment(_frames(inputs["pixels"]), inputs)
         reconstruction, _ = forward(frames)
         error = (reconstruction - frames).abs().mean()
         return error, {"l1": error.detach()}
