@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from ardist import fault
 from ardist.config.data import DataConfig
 from ardist.data.batch import Batch, RowBuffer
 from ardist.data.dataset_stream import DatasetStream
@@ -20,6 +21,7 @@ from ardist.data.health import SampleHealth, Substitution
 from ardist.data.manifest import Manifest
 from ardist.data.order import Places
 from ardist.data.pipeline import OrderedPipeline
+from ardist.data.sanity import LatentSanity
 from ardist.errors import ConfigError
 
 _MAX_BUFFERS: Final = 32
@@ -65,6 +67,7 @@ class BatchLoader(ABC):
         self.rank, self.world_size, self.global_batch_size = rank, world_size, global_batch_size
         self.batch_size = global_batch_size // world_size
         self._health = SampleHealth(config.max_bad_fraction)
+        self._sanity = [LatentSanity(stream.manifest, stream.path) for stream in self.streams]
         self._shapes = list(dict.fromkeys((stream.manifest.shape, stream.manifest.dtype) for stream in self.streams))
         self._buffer_count = self._count_buffers()
         self._pipeline: OrderedPipeline[Step, list[RowBuffer]] | None = None
@@ -116,6 +119,8 @@ class BatchLoader(ABC):
         step, buffers = self._pipeline.take()
         buffer = buffers[self._buffer_of(step)]
         self._health.served(self._lanes(step), step.substitutions)
+        for piece in step.pieces:
+            self._sanity[piece.dataset].look(buffer.values[piece.slot : piece.slot + len(piece.places.positions)])
         self._consume(step.after)
         self._samples += self.batch_size
         self._bytes += buffer.values.nbytes
@@ -169,6 +174,7 @@ class BatchLoader(ABC):
         return step
 
     def _fill(self, step: Step, buffers: list[RowBuffer]) -> None:
+        fault.point("data.fill")
         buffer = buffers[self._buffer_of(step)]
         for piece in step.pieces:
             stream = self.streams[piece.dataset]

@@ -20,10 +20,11 @@ from ardist.config.data import DataConfig
 from ardist.data.batch import RowBuffer
 from ardist.data.loader import StreamingLoader, read_samples
 from ardist.data.manifest import fold_shards, load_manifest, write_manifest
+from ardist.data.measure import measure_loading
 from ardist.data.order import LaneOrder, divisors
 from ardist.data.sample import SampleInfo
 from ardist.data.shard_writer import Sample, write_shard
-from ardist.errors import CheckpointError, ConfigError
+from ardist.errors import CheckpointError, ConfigError, DataError
 
 COUNTS = [50, 31, 1, 40]
 FIRST = np.cumsum([0, *COUNTS])
@@ -294,3 +295,29 @@ def test_every_place_of_a_row_is_checked_for_nonfinite_numbers(shape: tuple[int,
                 assert row not in buffer.nonfinite_rows(1, 3)
                 flat[place] = torch.finfo(flat.dtype).max
     assert buffer.nonfinite_rows(0, 5) == []
+
+
+def normal(edit: Any) -> Any:
+    return lambda number, shape: edit(np.random.default_rng(number).normal(size=shape)).astype(np.float16)
+
+
+def test_latents_that_are_not_the_manifests_stop_the_run(tmp_path: Path) -> None:
+    for name, edit in [("scaled", lambda v: v * 8), ("shifted", lambda v: v + 12), ("quiet", lambda v: v / 9)]:
+        folder = tmp_path / name
+        # As if the numbers had been changed after the statistics were taken.
+        good = make_dataset(folder, [40], make=normal(lambda v: v))
+        bad = make_dataset(folder, [40], make=normal(edit))
+        write_manifest(folder, bad.model_copy(update={"latent_statistics": good.latent_statistics}))
+        with open_loader(folder) as loader, pytest.raises(DataError, match="not those of its manifest"):
+            next(loader)
+        write_manifest(folder, bad)
+        with open_loader(folder) as loader:
+            next(loader)
+
+
+def test_measure_loading(dataset: Path) -> None:
+    config = DataConfig(path=str(dataset), lanes=4, window=8, prefetch_bytes=2**20)
+    result = measure_loading(config, batch_size=8, seconds=0.2)
+    assert result["samples"] == 8 * result["batches"] > 0
+    assert result["first_batch_seconds"] > 0
+    assert result["substituted"] == []
