@@ -104,11 +104,11 @@ def build(
         warn_of_other_tools(plan)
         progress.planned(plan.num_shards, len(plan.rows), len(committed(storage)))
         if options.workers > 1:
-            task = Task(out, claim, encoder, options.shard, options.pace)
+            task = Task(out, encoder, options.shard, options.pace)
             WorkerPool(task, options.workers, progress, options.start_method).run(storage, plan)
         else:
             with staging_folder(storage) as staging:
-                run_worker(plan, claim, storage, encoder.make(), options.shard, options.pace, staging, progress)
+                run_worker(plan, storage, encoder.make(), options.shard, options.pace, staging, progress)
         fault.point("build.before_finalize")
         manifest = finalize(storage, plan)
         for name in list(storage.list(layout.LEASES)):

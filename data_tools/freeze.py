@@ -114,12 +114,12 @@ class Freezer:
         if standing is not None or sources is None:
             return standing or self.plan()
         created = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-        tools = tool_versions()
-        draft = make_plan(sources, self.claim.parameters, tools, created)
+        head = {"created": created, "root": root.address}
+        draft = make_plan(sources, self.claim.parameters, tools=tool_versions(), **head)
         fault.point("build.before_sources")
         # Another builder may have been faster: the plan is made of the sources that stand.
         lines = self._create_once(layout.SOURCES, source_lines(draft.sources))
-        plan = make_plan(parse_sources(lines), self.claim.parameters, tools, created)
+        plan = make_plan(parse_sources(lines), self.claim.parameters, tools=tool_versions(), **head)
         fault.point("build.before_plan")
         self._create_once(layout.PLAN, plan.dump(lines))
         fault.point("build.after_plan")
@@ -242,6 +242,7 @@ def freeze_listing(out: Storage, claim: Claim) -> tuple[SourceRoot, list[Listed]
         raise ConfigError(
             f"no video found in {claim.videos}: looked for files named like videos (.mp4, .mkv, .webm, .avi, …)"
         )
+    out.check_conditional_create()
     take(out, claim)
     fault.point("build.after_claim")
     head = json.dumps({"root": root.address})

@@ -16,13 +16,11 @@ from ardist.data.sample import SampleInfo, decode_npy, key_to_int
 from ardist.data.tar_index import TarIndex
 from ardist.errors import ArdistError, ConfigError, DataError
 from ardist.media import ffmpeg_binary
-from ardist.storage import MissingObjectError, Storage, is_remote, open_storage
-from data_tools import layout
+from ardist.storage import Storage, open_storage
 from data_tools.decode import DecodeSettings, Target, decode_stretch
 from data_tools.frame_stream import Frames
 from data_tools.freeze import load_plan
 from data_tools.reasons import Refusal
-from data_tools.sealed import unseal
 from data_tools.shard import local_copy
 from data_tools.sources import SourceRoot
 
@@ -127,17 +125,13 @@ def _source_frames(url: str, found: Found) -> Frames:
     plan = load_plan(storage)
     if plan is None:
         raise DataError("the records of the build are not here")
-    try:
-        videos = unseal(storage.read(layout.CLAIM), layout.CLAIM)["videos"]
-    except MissingObjectError:
-        raise DataError("the records of the build are not here") from None
     key = f"{int(np.uint64(_key(found, storage))):016x}"
     clip = next((clip for row in range(len(plan.rows)) if (clip := plan.clip(row)).key == key), None)
     if clip is None:
         raise DataError(f"the plan holds no sample {key}")
     source, parameters = plan.sources[clip.source], plan.parameters
     assert source.facts is not None
-    root = SourceRoot(videos if is_remote(videos) or Path(videos).is_dir() else str(Path(videos).parent))
+    root = SourceRoot(plan.root)
     target = Target(parameters.num_frames, Fraction(clip.fps), parameters.size, parameters.max_pixels)
     with (
         tempfile.TemporaryDirectory() as folder,

@@ -91,13 +91,17 @@ class Clip:
 
 @dataclass
 class Plan:
-    """Rows (source number, first frame) in their final order, and everything needed to turn them into shards."""
+    """Rows (source number, first frame) in their final order, and everything needed to turn them into shards.
+
+    `root` is where the sources' names lead, `created` when the plan was frozen; neither is part of the digest.
+    """
 
     parameters: BuildParameters
     sources: list[Source]
     rows: npt.NDArray[np.int64]
     tools: dict[str, str]
     created: str
+    root: str
     digest: str = field(default="")
 
     def __post_init__(self) -> None:
@@ -150,6 +154,7 @@ class Plan:
             "plan": self.digest,
             "sources_sha256": hashlib.sha256(sources).hexdigest(),
             "created": self.created,
+            "root": self.root,
             "parameters": self.parameters.model_dump(mode="json"),
             "tools": self.tools,
             "rows": len(self.rows),
@@ -172,7 +177,8 @@ class Plan:
             rows = [(row["source"], row["start"]) for row in map(json.loads, rest.decode().splitlines())]
             table = np.array(rows, np.int64).reshape(-1, 2)
             parameters = BuildParameters.model_validate(header["parameters"])
-            plan = cls(parameters, parse_sources(sources), table, header["tools"], header["created"], header["plan"])
+            head = {name: header[name] for name in ("tools", "created", "root")}
+            plan = cls(parameters, parse_sources(sources), table, **head, digest=header["plan"])
         except (ValueError, KeyError, IndexError, TypeError) as error:
             raise DataError(f"plan.jsonl is damaged: {error}") from None
         if plan.dump(sources) != data:
@@ -185,7 +191,9 @@ def clip_rate(facts: VideoFacts, parameters: BuildParameters) -> Fraction:
     return Fraction(parameters.fps) if parameters.fps is not None else Fraction(facts.rate)
 
 
-def make_plan(sources: Sequence[Source], parameters: BuildParameters, tools: dict[str, str], created: str) -> Plan:
+def make_plan(
+    sources: Sequence[Source], parameters: BuildParameters, *, tools: dict[str, str], created: str, root: str
+) -> Plan:
     """Cut every usable video into clips. Too short ones are refused here.
 
     Videos are ordered by a hash of their content, so that classes and scenes mix over the shards, and the clips of
@@ -209,7 +217,7 @@ def make_plan(sources: Sequence[Source], parameters: BuildParameters, tools: dic
     rows.sort()
     chosen = rows[: parameters.limit_clips]
     table = np.array([(number, start) for _, number, start in chosen], np.int64).reshape(-1, 2)
-    return Plan(parameters, judged, table, tools, created)
+    return Plan(parameters, judged, table, tools, created, root)
 
 
 def _starts(facts: VideoFacts, parameters: BuildParameters) -> list[int]:

@@ -55,7 +55,6 @@ class ShardBuilder:
     """Builds shards of one plan into one storage."""
 
     plan: Plan
-    root: SourceRoot
     out: Storage
     encoder: Encoder
     settings: ShardSettings
@@ -186,7 +185,7 @@ class ShardBuilder:
         settings = replace(self.settings.decode, scratch=self.staging)
         by_start = {clip.start: clip for clip in job}
         try:
-            with local_copy(self.root, source.name, source.version, self.staging) as (path, version):
+            with local_copy(SourceRoot(self.plan.root), source.name, source.version, self.staging) as (path, version):
                 target = self._target(job[0])
                 for starts, frames in decode_stretch(path, version, source.facts, list(by_start), target, settings):
                     yield [by_start[start] for start in starts], frames

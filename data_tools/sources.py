@@ -11,7 +11,7 @@ from pathlib import Path
 
 from ardist.errors import ConfigError
 from ardist.events import events
-from ardist.storage import is_remote, open_storage
+from ardist.storage import MissingObjectError, is_remote, open_storage
 from data_tools.reasons import Reason
 
 EXTENSIONS = frozenset(
@@ -159,11 +159,14 @@ def _list_file(path: str) -> tuple[SourceRoot, list[Listed]]:
 
 def _list_remote(videos: str) -> tuple[SourceRoot, list[Listed]]:
     storage = open_storage(videos)
-    listed = [
-        Listed(info.name, info.size, info.version, Reason.EMPTY if info.size == 0 else None)
-        for info in storage.walk()
-        if _extension(info.name) in EXTENSIONS
-    ]
+    try:
+        listed = [
+            Listed(info.name, info.size, info.version, Reason.EMPTY if info.size == 0 else None)
+            for info in storage.walk()
+            if _extension(info.name) in EXTENSIONS
+        ]
+    except MissingObjectError as error:
+        raise ConfigError(f"--videos {videos!r} cannot be read: {error}") from None
     if not listed and _extension(videos) in EXTENSIONS:
         parent, _, name = videos.rpartition("/")
         info = open_storage(parent).stat(name)

@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import time
 from pathlib import Path
 from typing import Any, Protocol
 
-from ardist.storage import Storage, is_remote
+from ardist.storage import Storage
 from data_tools import layout
 from data_tools.encode import Encoder
 from data_tools.finalize import missing_commits
-from data_tools.freeze import Claim
 from data_tools.lease import Leases, Pace, worker_name
 from data_tools.plan import Plan
 from data_tools.shard import Counts, ShardBuilder, ShardSettings
-from data_tools.sources import SourceRoot
 
 
 class ShardProgress(Protocol):
@@ -31,7 +28,6 @@ class ShardProgress(Protocol):
 
 def run_worker(
     plan: Plan,
-    claim: Claim,
     storage: Storage,
     encoder: Encoder,
     settings: ShardSettings,
@@ -44,7 +40,7 @@ def run_worker(
         return 0
     worker = worker_name()
     leases = Leases(storage, worker, pace.lease_seconds)
-    builder = ShardBuilder(plan, source_root(claim.videos), storage, encoder, settings, staging)
+    builder = ShardBuilder(plan, storage, encoder, settings, staging)
     builder.on_progress = progress.advanced
     turn = int.from_bytes(hashlib.sha256(worker.encode()).digest()[:4], "little")
     built = 0
@@ -70,10 +66,3 @@ def run_worker(
 def _counts(commit: dict[str, Any]) -> Counts:
     entry = commit["entry"]
     return Counts(clips=entry["n"] if entry else 0, refused=len(commit["quarantine"]), frames=commit["frames"])
-
-
-def source_root(videos: str) -> SourceRoot:
-    """Where listed names lead: of a single file or a list, the folder it lies in."""
-    if is_remote(videos) or os.path.isdir(videos):
-        return SourceRoot(videos)
-    return SourceRoot(os.path.dirname(videos))

@@ -18,7 +18,7 @@ from ardist.events import events
 from ardist.storage import Storage, open_storage
 from data_tools.encode import EncoderChoice
 from data_tools.finalize import missing_commits
-from data_tools.freeze import Claim, load_plan
+from data_tools.freeze import load_plan
 from data_tools.lease import Pace
 from data_tools.plan import Plan
 from data_tools.progress import Progress
@@ -35,7 +35,6 @@ class Task:
     """What a worker process needs to know."""
 
     out: str
-    claim: Claim
     encoder: EncoderChoice
     settings: ShardSettings
     pace: Pace
@@ -69,7 +68,7 @@ def _work(task: Task, number: int, connection: Connection, parent: int) -> None:
         encoder = task.encoder.for_worker(number).make()
         fault.point("build.worker_started")
         with staging_folder(storage) as staging:
-            run_worker(plan, task.claim, storage, encoder, task.settings, task.pace, staging, _Relay(connection))
+            run_worker(plan, storage, encoder, task.settings, task.pace, staging, _Relay(connection))
     except ArdistError as error:
         connection.send(("failed", error.exit_code, str(error)))
         status = error.exit_code

@@ -76,6 +76,9 @@ class Storage(ABC):
     def local_path(self, name: str) -> Path | None:
         """The object's path on this machine, or None for a remote store."""
 
+    def check_conditional_create(self) -> None:  # noqa: B027 - most stores have nothing to check
+        """Raise `StorageError` for a store that lets two callers create the same object; a folder never does."""
+
     def size(self, name: str) -> int:
         """Bytes of an object; raises `MissingObjectError`."""
         return self.stat(name).size

@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
 
+from ardist import fault
 from ardist.errors import InvalidValueError
 from ardist.events import events
 from ardist.storage.base import (
@@ -22,7 +23,7 @@ from ardist.storage.base import (
     check_range,
 )
 from ardist.storage.retry import ExhaustedError, RetryPolicy, TransientError
-from ardist.storage.s3_client import Clients, PreconditionError, RangeError, attempt
+from ardist.storage.s3_client import PreconditionError, RangeError, attempt
 
 T = TypeVar("T")
 
@@ -39,7 +40,7 @@ class S3Storage(Storage):
     def __init__(self, bucket: str, prefix: str = "", *, policy: RetryPolicy | None = None) -> None:
         self._bucket, self._prefix = bucket, prefix.strip("/")
         self.url = f"s3://{bucket}/{self._prefix}".rstrip("/")
-        self._clients, self._policy = Clients(), policy or RetryPolicy()
+        self._policy = policy or RetryPolicy()
 
     def local_path(self, name: str) -> Path | None:
         return None
@@ -80,6 +81,7 @@ class S3Storage(Storage):
             return b""
 
     def put(self, name: str, data: bytes | Path, *, move: bool = False) -> None:
+        fault.point("storage.s3_before_put")
         size = len(data) if isinstance(data, bytes) else data.stat().st_size
         if size >= MULTIPART_FROM:
             self._put_parts(name, data, size)
@@ -87,10 +89,12 @@ class S3Storage(Storage):
             body = data if isinstance(data, bytes) else data.read_bytes()
             digest = b64encode(hashlib.md5(body, usedforsecurity=False).digest()).decode()
             self._call("put", name, lambda client, where: client.put_object(Body=body, ContentMD5=digest, **where))
+        fault.point("storage.s3_after_put")
         if move and isinstance(data, Path):
             data.unlink()
 
     def create(self, name: str, data: bytes) -> bool:
+        fault.point("storage.s3_before_create")
         tried = [0]
 
         def request(client: Any, where: dict[str, str]) -> Any:
@@ -102,6 +106,7 @@ class S3Storage(Storage):
         except PreconditionError:
             # After an answer that got lost, the object in our way may be our own.
             return tried[0] > 1 and self.read(name) == data
+        fault.point("storage.s3_after_create")
         return True
 
     def delete(self, name: str) -> None:
@@ -111,7 +116,6 @@ class S3Storage(Storage):
             return
 
     def check_conditional_create(self) -> None:
-        """Refuse a server that lets two callers create the same object; exactly-once builds rest on it."""
         name = f"probe-{os.getpid()}-{time.time_ns()}"
         try:
             if not self.create(name, b"1") or self.create(name, b"2") or self.read(name) != b"1":
@@ -139,6 +143,7 @@ class S3Storage(Storage):
         def put_part(number: int) -> dict[str, Any]:
             low = (number - 1) * part_bytes
             body = _slice(data, low, min(part_bytes, size - low))
+            fault.point("storage.s3_before_part")
             answer = self._call(
                 f"put part {number}",
                 name,
@@ -191,7 +196,7 @@ class S3Storage(Storage):
         refreshed: list[bool] = []
         address = f"{self.url}/{name}".rstrip("/")
         try:
-            return self._policy.run(operation, address, lambda: attempt(self._clients, address, refreshed, request))
+            return self._policy.run(operation, address, lambda: attempt(address, refreshed, request))
         except ExhaustedError as error:
             raise StorageError(f"cannot {operation} {address}: {error}") from error
 

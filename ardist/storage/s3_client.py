@@ -22,27 +22,36 @@ _MISSING = {"NoSuchKey", "404", "NotFound", "NoSuchBucket"}
 
 
 class Clients:
-    """One boto3 client per process: a client does not survive a fork. Shared by the threads of a process."""
+    """boto3 clients of this process, one per set of AWS settings: they are costly to make and safe to share.
+
+    A client does not survive a fork, so the process number is part of what it is kept under.
+    """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._client: Any = None
-        self._pid = -1
+        self._kept: dict[tuple[Any, ...], Any] = {}
 
     def get(self) -> Any:
-        """This process's client, made on first use from the default credential chain and AWS_ENDPOINT_URL."""
+        """A client from the default credential chain and AWS_ENDPOINT_URL, made on first use."""
+        key = _settings()
         with self._lock:
-            if self._client is None or self._pid != os.getpid():
-                self._client, self._pid = _make_client(), os.getpid()
-            return self._client
+            if key not in self._kept:
+                # Those of other processes and settings are not closed: a parent may still be using its own.
+                self._kept = {key: _make_client()}
+            return self._kept[key]
 
-    def refresh(self) -> None:
-        """Forget the client, so that the next one asks for credentials anew."""
+    def refresh(self, stale: Any) -> None:
+        """Forget a client whose credentials were refused, so that the next one asks for them anew."""
         with self._lock:
-            self._client = None
+            self._kept = {key: client for key, client in self._kept.items() if client is not stale}
 
-    def __reduce__(self) -> tuple[type[Clients], tuple[()]]:
-        return (Clients, ())
+
+clients = Clients()
+"""The process-wide clients."""
+
+
+def _settings() -> tuple[Any, ...]:
+    return (os.getpid(), *sorted(item for item in os.environ.items() if item[0].startswith("AWS_")))
 
 
 def _make_client() -> Any:
@@ -74,7 +83,7 @@ class PreconditionError(Exception):
     """The store refused a conditional request: the object is, or is not, there."""
 
 
-def attempt(clients: Clients, address: str, refreshed: list[bool], request: Callable[[Any], T]) -> T:
+def attempt(address: str, refreshed: list[bool], request: Callable[[Any], T]) -> T:
     """One try of `request(client)`, with errors sorted: `TransientError`, or the final error for the user.
 
     `refreshed` is the memory of one operation: stale credentials are refreshed once.
@@ -89,10 +98,11 @@ def attempt(clients: Clients, address: str, refreshed: list[bool], request: Call
     from botocore.exceptions import ConnectionError as BotoConnectionError
     from botocore.parsers import ResponseParserError
 
+    client = clients.get()
     try:
-        return request(clients.get())
+        return request(client)
     except ClientError as error:
-        raise _sorted(error.response, clients, address, refreshed) from None
+        raise _sorted(error.response, lambda: clients.refresh(client), address, refreshed) from None
     except (NoCredentialsError, PartialCredentialsError):
         raise StorageError(
             f"{address}: no S3 credentials found; "
@@ -104,7 +114,7 @@ def attempt(clients: Clients, address: str, refreshed: list[bool], request: Call
         raise StorageError(f"{address}: {_plain(error)}") from None
 
 
-def _sorted(response: dict[str, Any], clients: Clients, address: str, refreshed: list[bool]) -> Exception:
+def _sorted(response: dict[str, Any], refresh: Callable[[], None], address: str, refreshed: list[bool]) -> Exception:
     code = str(response.get("Error", {}).get("Code", ""))
     meta = response.get("ResponseMetadata", {})
     status = int(meta.get("HTTPStatusCode", 0))
@@ -116,7 +126,7 @@ def _sorted(response: dict[str, Any], clients: Clients, address: str, refreshed:
     if code in _STALE_CREDENTIALS:
         if not refreshed:
             refreshed.append(True)
-            clients.refresh()
+            refresh()
             return TransientError(f"{code}, credentials refreshed", retry_after=0.0)
         return StorageError(
             f"{address}: refused with {code}, also after fresh credentials; renew them or set the clock"

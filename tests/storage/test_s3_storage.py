@@ -75,7 +75,7 @@ def test_odd_keys(storage: S3Storage, name: str) -> None:
 
 
 def test_list_goes_beyond_a_page_in_order(storage: S3Storage) -> None:
-    client = storage._clients.get()
+    client = s3_client.clients.get()
     names = sorted(f"k/{number * 7919 % 1050:05d}" for number in range(1050))
     for name in names:
         client.put_object(Bucket=BUCKET, Key=f"{storage._prefix}/{name}", Body=b"")
@@ -144,7 +144,7 @@ def test_a_failed_multipart_upload_leaves_nothing(
 
 
 def test_left_over_uploads_are_aborted(storage: S3Storage, s3_server: S3Server) -> None:
-    storage._clients.get().create_multipart_upload(Bucket=BUCKET, Key=f"{storage._prefix}/dead")
+    s3_client.clients.get().create_multipart_upload(Bucket=BUCKET, Key=f"{storage._prefix}/dead")
     if s3_server.name != "moto":  # which says that every upload began in 2010
         assert storage.abort_uploads(3600) == 0
     assert storage.abort_uploads(0) == 1
@@ -265,9 +265,9 @@ def test_delays_are_spread(clock: _Clock) -> None:
 def test_expired_credentials_are_refreshed_once(fault_proxy: FaultProxy, storage: S3Storage) -> None:
     storage.put("a", b"x")
     fault_proxy.script = [("GET", "403/ExpiredToken")]
-    before = storage._clients.get()
+    before = s3_client.clients.get()
     assert storage.read("a") == b"x"
-    assert storage._clients.get() is not before
+    assert s3_client.clients.get() is not before
     fault_proxy.script = [("GET", "403/ExpiredToken")] * 2
     with pytest.raises(StorageError, match="ExpiredToken, also after fresh credentials"):
         storage.read("a")
@@ -278,7 +278,6 @@ def test_refusals_name_the_cause_and_no_secret(
 ) -> None:
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "canary-secret")
     monkeypatch.setenv("AWS_SESSION_TOKEN", "canary-token")
-    storage._clients.refresh()
     for fault in ("403/AccessDenied", "403/ExpiredToken", "403/SignatureDoesNotMatch"):
         fault_proxy.script = [("GET", fault)] * 2
         with pytest.raises(StorageError) as caught:
@@ -308,11 +307,11 @@ def test_a_missing_bucket(s3_url: str) -> None:
 
 def test_clients_are_not_shared_over_a_fork(storage: S3Storage) -> None:
     storage.put("a", b"x")
-    parent = storage._clients.get()
+    parent = s3_client.clients.get()
     reader, writer = os.pipe()
     child = os.fork()
     if child == 0:
-        fresh = storage._clients.get() is not parent
+        fresh = s3_client.clients.get() is not parent
         os.write(writer, storage.read("a") + str(fresh).encode())
         os._exit(0)
     os.waitpid(child, 0)
