@@ -92,7 +92,6 @@ class ADSampler:
         generated = torch.stack([frame.latents for frame in frames], dim=1)
         return generated if prefix is None else torch.cat([prefix.to(generated), generated], dim=1)
 
-    @torch.no_grad()
     def stream(
         self,
         num_frames: int,
@@ -110,7 +109,7 @@ class ADSampler:
         noise: Float[Tensor, "b f l c"] | None = None,
         progress: Callable[[Progress], None] | None = None,
     ) -> Iterator[FinalFrame]:
-        """Yield each generated frame as soon as it is final, in order.
+        """Each generated frame as soon as it is final, in order; arguments are checked before anything runs.
 
         Args:
             num_frames: length of the videos F, prefix included.
@@ -166,14 +165,20 @@ class ADSampler:
             self._noise_source(noise, seed, video_ids, conditions.batch_size),
             prefix,
         )
+        return self._frames(run, progress)
+
+    @torch.no_grad()
+    def _frames(self, run: Run, progress: Callable[[Progress], None] | None) -> Iterator[FinalFrame]:
         rows = cached_rows(run, self.window) if self.window_kind == "rolling" else recomputed_rows(run)
+        schedule = run.schedule
         started, done = time.monotonic(), 0
         for row, frames in enumerate(rows, start=1):
             yield from frames
             done += len(frames)
             if progress is not None:
                 rate = done / max(time.monotonic() - started, 1e-9)
-                progress(Progress(row, schedule.num_rows, schedule.num_prefix_frames + done, num_frames, rate))
+                frames_done = schedule.num_prefix_frames + done
+                progress(Progress(row, schedule.num_rows, frames_done, schedule.num_frames, rate))
 
     def _noise_source(
         self, noise: Tensor | None, seed: int, video_ids: Tensor | None, batch_size: int

@@ -285,7 +285,7 @@ def test_future_frames_never_reach_finished_ones() -> None:
 def test_illegal_requests_name_what_is_legal(frames: int, arguments: dict[str, Any], message: str) -> None:
     sampler = ADSampler(random_denoiser(num_classes=3), NOISE)
     with pytest.raises(InvalidValueError, match=message):
-        sampler.sample(frames, **arguments)
+        sampler.stream(frames, **arguments)  # refused before the first frame is asked for
 
 
 def test_illegal_windows_name_what_is_legal() -> None:

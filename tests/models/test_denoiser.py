@@ -196,6 +196,14 @@ def test_values_out_of_range_are_refused_on_request(value: int, word: str) -> No
         check_values(preset("tiny", num_classes=3), torch.zeros(1, 1), torch.tensor([3, 5]))
 
 
+def test_decreasing_timesteps_are_refused_on_request() -> None:
+    timesteps = torch.tensor([[1, 1, 9], [3, 7, 5]])
+    check_values(preset("tiny"), timesteps)
+    with pytest.raises(InvalidValueError, match="timestep 5 of frame 2 of clip 1 is below 7.*legal: 7 to 999"):
+        check_values(preset("tiny"), timesteps, non_decreasing=True)
+    check_values(preset("tiny"), timesteps[:1], non_decreasing=True)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

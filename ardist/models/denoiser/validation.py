@@ -41,12 +41,22 @@ def check_shapes(
 
 
 def check_values(
-    config: DenoiserConfig, timesteps: Tensor, class_ids: Tensor | None = None, num_timesteps: int = 1000
+    config: DenoiserConfig,
+    timesteps: Tensor,
+    class_ids: Tensor | None = None,
+    *,
+    num_timesteps: int = 1000,
+    non_decreasing: bool = False,
 ) -> None:
     """Look at the values: timesteps in [0, T), class ids in [0, num_classes]. Waits for the device; for debugging.
 
+    Args:
+        timesteps: [b, f].
+        non_decreasing: also refuse a frame that is less noisy than the one before it, which the timestep law ``fopp``
+            and the AD schedule never give.
+
     Raises:
-        InvalidValueError: names the first value that is out of range, and the range.
+        InvalidValueError: names the first value that is wrong, and what is legal.
     """
     checks = [("timestep", timesteps, num_timesteps)]
     if class_ids is not None and config.num_classes is not None:
@@ -55,3 +65,12 @@ def check_values(
         wrong = values[(values < 0) | (values >= stop)]
         if wrong.numel():
             raise InvalidValueError(f"{name} {int(wrong[0])} is illegal; legal: 0 to {stop - 1}")
+    if non_decreasing:
+        falls = (timesteps[:, 1:] < timesteps[:, :-1]).nonzero()
+        if falls.numel():
+            clip, frame = (int(index) for index in falls[0])
+            before, after = (int(timesteps[clip, frame + step]) for step in (0, 1))
+            raise InvalidValueError(
+                f"timestep {after} of frame {frame + 1} of clip {clip} is below {before} of the frame before; "
+                f"legal: {before} to {num_timesteps - 1}"
+            )
