@@ -70,6 +70,8 @@ NAMED = {
     "many frames, window": AttentionLayout.training(30, 8, 5, window=6),
     "frames larger than a chunk": AttentionLayout.training(3, 70, 11),
     "several chunks of several frames": AttentionLayout.training(7, 24, 5),
+    "several chunks, released": AttentionLayout.training(7, 24, 5, "released"),
+    "several chunks, cached": AttentionLayout(24, (2, 8), (1, 8), 5, context_queries=False),
 }
 
 

@@ -14,9 +14,14 @@ from ardist.models.attention import (
     AttentionLayout,
     attention,
     available_backends,
+    flex,
     resolve_backend,
     sdpa,
 )
+from ardist.models.attention.cuda_kernels import _cached_starts
+from ardist.models.attention.pieces import Blocks
+
+CPU = torch.device("cpu")
 
 DIFFERENTIABLE = ("reference", "sdpa", "flash")
 
@@ -103,6 +108,30 @@ def test_inference_mode_first_does_not_spoil_training(backend: str) -> None:
     with torch.inference_mode():
         attention(*values[:3], layout, backend)
     assert worst(results(*values, layout, backend), exact(*values, layout)) < 1e-12
+
+
+def test_what_is_cached_is_fit_for_training() -> None:
+    """Tensors kept for the next call are ordinary ones even when the first call came in inference mode."""
+    layout = AttentionLayout.training(5, 13)
+    with torch.inference_mode():
+        kept = [sdpa._cached_mask(layout, CPU), *flex._tables(layout, CPU), _cached_starts(2, Blocks(3, 4, 5), CPU)]
+    assert not any(tensor.is_inference() for tensor in kept)
+
+
+def test_sdpa_scores_no_forbidden_pair_of_large_frames_and_copies_no_keys() -> None:
+    """One call per frame, contiguous keys, no mask; with small frames the masks stay as tall as a chunk."""
+    layout = AttentionLayout.training(16, 64, 77)
+    calls = sdpa._plan(sdpa.CHUNK_TOKENS_TRAINING, *layout.key())
+    pairs = sum((c.queries[1] - c.queries[0]) * (c.context + c.keys[1] - c.keys[0]) for c in calls)
+    assert pairs == layout.num_pairs()
+    assert all(c.mask is None and c.context == 0 for c in calls)
+    small_frames = ((AttentionLayout.training(300, 4), 1.1), (AttentionLayout.training(300, 4, window=30), 1.6))
+    for small, most in small_frames:
+        calls = sdpa._plan(sdpa.CHUNK_TOKENS_TRAINING, *small.key())
+        pairs = sum((c.queries[1] - c.queries[0]) * (c.keys[1] - c.keys[0]) for c in calls)
+        assert pairs < most * small.num_pairs()
+        assert len({c.mask for c in calls}) <= 12, "masks are shared"
+        assert max(c.mask.num_queries for c in calls if c.mask) <= sdpa.CHUNK_TOKENS_TRAINING
 
 
 @pytest.mark.parametrize("backend", DIFFERENTIABLE)

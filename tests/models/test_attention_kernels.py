@@ -70,6 +70,7 @@ def plain_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     if starts is None:
         assert lse.is_contiguous()
+        assert grad.stride(-1) == v.stride(-1) == out.stride(-1) == 1, "providers take a unit last stride"
         weights = (scores_of(q, k, scale, left, right) - lse[..., None]).exp()
         inner = torch.einsum("bnhd,bnhd->bhn", grad, out)
         ds = weights * (torch.einsum("bnhd,bmhd->bhnm", grad, v) - inner[..., None]) * scale
@@ -204,6 +205,17 @@ def test_providers_are_called_as_they_document(kernel: cuda_kernels._CUDAKernel,
         found = [out, *torch.autograd.grad(out, (q, k, v), grad)]
         for x, y in zip(found, exact(q, k, v, grad, layout), strict=True):
             torch.testing.assert_close(x, y, rtol=0, atol=1e-12, msg=lambda text, name=name: f"{name}: {text}")
+
+
+@pytest.mark.usefixtures("providers")
+def test_providers_get_unit_strides_whatever_the_caller_has() -> None:
+    layout = NAMED["strict with context"]
+    q, k, v, _ = tensors(layout)
+    strided = [x.detach().mT.contiguous().mT.requires_grad_() for x in (q, k, v)]
+    out = block_causal(*strided, layout, TorchCUDAKernel())
+    found = torch.autograd.grad(out.sum(), strided)  # the gradient of a sum has stride 0 everywhere
+    _, *expected = exact(q, k, v, torch.ones_like(out), layout)
+    torch.testing.assert_close(found, tuple(expected), rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("blocks", [None, Blocks(4, 3, 2), Blocks(0, 5, 2)])

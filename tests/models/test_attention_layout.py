@@ -6,9 +6,11 @@ import pytest
 import torch
 from attention_cases import layouts, literal_mask
 from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from ardist.errors import InvalidValueError
 from ardist.models.attention import AttentionLayout
+from ardist.models.attention.layout import _sum_of_clipped
 
 
 @given(layouts())
@@ -85,6 +87,12 @@ def test_illegal_layouts_name_the_value_and_the_legal_ones(changes: dict[str, ob
     values: dict[str, object] = {"tokens_per_frame": 2, "query_frames": (0, 4), "key_frames": (0, 4), **changes}
     with pytest.raises(InvalidValueError, match=message):
         AttentionLayout(**values)  # type: ignore[arg-type]
+
+
+@given(st.integers(-9, 9), st.integers(0, 12), st.integers(-5, 5), st.integers(0, 9))
+def test_sum_of_clipped(first: int, count: int, low: int, span: int) -> None:
+    expected = sum(min(max(i, low), low + span) for i in range(first, first + count))
+    assert _sum_of_clipped(first, first + count, low, low + span) == expected
 
 
 def test_layouts_are_hashable_values() -> None:
