@@ -1,0 +1,204 @@
+"""How fast the data tools turn videos into shards, stage by stage, against bare ffmpeg in the same run.
+
+    python benchmarks/build.py [--videos FOLDER] [--size 256] [--clips 2000] [--json FILE]
+
+Without --videos, H.264 clips of 640x360 at 30 frames/s are made first. Every rate is frames per second of wall time
+with all cores; the ratio is to ffmpeg decoding, scaling and cropping the same videos to /dev/null by itself.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import shutil
+import subprocess
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+from rich.console import Console
+from rich.table import Table
+
+from ardist.data.sample import SampleInfo
+from ardist.data.shard_writer import Sample, write_shard
+from ardist.media import ffmpeg_binary
+from data_tools.build import BuildOptions, build, make_parameters
+from data_tools.decode import DecodeSettings, Target, decode_stretch, stretches
+from data_tools.encode import EncoderChoice, default_threads
+from data_tools.ffmpeg_graph import SCALE_FLAGS
+from data_tools.probe import ProbeCaps, VideoFacts
+from data_tools.probe_pool import probe_all
+from data_tools.reasons import Refusal
+from data_tools.shard import ShardSettings
+from data_tools.sources import list_sources
+
+CAPS = ProbeCaps(8192 * 4320, 24 * 3600, 8)
+FRAMES = 16
+
+
+def make_videos(folder: Path, count: int, frames: int) -> None:
+    """Noisy, moving H.264 videos that cost what real ones cost to decode."""
+    for number in range(count):
+        source = f"testsrc2=s=640x360:r=30,noise=alls=12:allf=t:all_seed={number}"
+        words = ["-f", "lavfi", "-i", source, "-frames:v", str(frames), "-c:v", "libx264", "-preset", "veryfast"]
+        words += ["-crf", "26", "-g", "60", "-pix_fmt", "yuv420p", str(folder / f"{number:03d}.mp4")]
+        subprocess.run([ffmpeg_binary(), "-loglevel", "error", "-y", *words], check=True)
+
+
+def timed(work: Callable[[], int]) -> float:
+    """Frames per second of a piece of work that returns how many frames it handled."""
+    begun = time.perf_counter()
+    frames = work()
+    return frames / (time.perf_counter() - begun)
+
+
+def in_parallel(work: Callable[[Any], int], items: Iterable[Any], threads: int) -> int:
+    """Sum of `work` over the items, a few at a time."""
+    with ThreadPoolExecutor(threads) as pool:
+        return sum(pool.map(work, items))
+
+
+def bare(path: Path, count: int, filters: str) -> int:
+    """ffmpeg alone, from a file to /dev/null."""
+    words = ["-threads", "1", "-i", str(path), "-frames:v", str(count), *(["-vf", filters] if filters else [])]
+    command = [ffmpeg_binary(), "-nostdin", "-loglevel", "error", "-y", *words, "-an", "-f", "rawvideo"]
+    subprocess.run([*command, *(["-pix_fmt", "rgb24"] if filters else []), "/dev/null"], check=True)
+    return count
+
+
+def ours(item: tuple[Path, VideoFacts], size: int) -> int:
+    """The decode stage alone."""
+    path, facts = item
+    target = Target(FRAMES, Fraction(facts.rate), size, CAPS.max_pixels)
+    starts = list(range(0, facts.timeline().grid_length(None) - FRAMES + 1, FRAMES))
+    total = 0
+    for stretch in stretches(starts, target, bool(facts.keyframes)):
+        for _, frames in decode_stretch(str(path), None, facts, stretch, target, DecodeSettings()):
+            assert not isinstance(frames, Refusal), frames
+            total += len(frames)
+    return total
+
+
+def write_alone(folder: Path, size: int, clips: int) -> int:
+    """Hash, tar, index and sync of clips that are ready."""
+    frames = np.random.default_rng(0).integers(0, 256, (FRAMES, size, size, 3), np.uint8)
+    info = SampleInfo(source="x", frames=FRAMES)
+    write_shard(folder, 0, (Sample(f"{n:016x}", frames, info) for n in range(clips)), "uint8", with_sums=False)
+    shutil.rmtree(folder / "shards")
+    return clips * FRAMES
+
+
+def encode_alone(bundle: Path, frames: int, size: int) -> int:
+    """The autoencoder on frames that are ready."""
+    encoder = EncoderChoice(str(bundle)).make()
+    data = np.random.default_rng(0).integers(0, 256, (frames, size, size, 3), np.uint8)
+    return sum(1 for _ in encoder.encode(data, range(0, frames - FRAMES + 1, FRAMES), FRAMES)) * FRAMES
+
+
+class MemoryWatch:
+    """Resident memory of this process and its children, sampled over time."""
+
+    def __init__(self) -> None:
+        self.samples: list[int] = []
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+
+    def __enter__(self) -> MemoryWatch:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ended.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        me = psutil.Process()
+        while not self._ended.wait(0.2):
+            self.samples.append(me.memory_info().rss)
+
+    def quarters(self) -> tuple[float, float]:
+        """Largest MiB in the second and in the last quarter of the time: equal when memory is flat."""
+        n = len(self.samples)
+        if n < 8:
+            return float("nan"), float("nan")
+        return max(self.samples[n // 4 : n // 2]) / 2**20, max(self.samples[3 * n // 4 :]) / 2**20
+
+
+def end_to_end(videos: Path, out: Path, choice: EncoderChoice, size: int, clips: int) -> tuple[float, MemoryWatch]:
+    """A whole build in frames per second, probing, planning and verification of the plan included."""
+    shutil.rmtree(out, ignore_errors=True)
+    parameters = make_parameters(choice.make(), num_frames=FRAMES, size=size, stride=FRAMES, limit_clips=clips)
+    options = BuildOptions(shard=ShardSettings(decoders=default_threads()))
+    with MemoryWatch() as watch:
+        rate = timed(
+            lambda: build(str(videos), str(out), choice, parameters, options=options).manifest.num_samples * FRAMES
+        )
+    shutil.rmtree(out)
+    return rate, watch
+
+
+def main() -> None:
+    """Run all stages and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--videos", type=Path, help="folder of videos; without: made on the spot")
+    parser.add_argument("--size", type=int, default=256)
+    parser.add_argument("--clips", type=int, default=2000, help="most clips of the end-to-end builds")
+    parser.add_argument("--bundle", type=Path, help="AR-VAE bundle for the latent rows")
+    parser.add_argument("--json", type=Path, help="also write the numbers here")
+    words = parser.parse_args()
+    cores = default_threads()
+    with tempfile.TemporaryDirectory(prefix="ardist-bench-") as folder:
+        videos = words.videos or Path(folder) / "videos"
+        if words.videos is None:
+            videos.mkdir()
+            make_videos(videos, 2 * cores, max(160, words.clips * FRAMES // (2 * cores)))
+        root, listed = list_sources(str(videos))
+        paths = [Path(root.path(item.name)) for item in listed if item.refused is None]
+        facts = list(probe_all([(str(path), None) for path in paths], CAPS, cores, 60))
+        items = [(path, found) for path, found in zip(paths, facts, strict=True) if isinstance(found, VideoFacts)]
+        used = [(path, found.timeline().grid_length(None) // FRAMES * FRAMES) for path, found in items]
+        scale = f"scale='if(gte(dar,1),round({words.size}*dar),{words.size})'"
+        scale += f":'if(gte(dar,1),{words.size},round({words.size}/dar))':flags="
+        crop = f"crop={words.size}:{words.size}"
+        rates: dict[str, float] = {}
+        for name, filters in {
+            "ffmpeg: decode only": "",
+            "ffmpeg: decode, fast bicubic": f"{scale}bicubic,{crop}",
+            "ffmpeg: decode, our filters": f"{scale}{SCALE_FLAGS},format=gbrp,{crop}",
+        }.items():
+            run = functools.partial(lambda item, f: bare(*item, f), f=filters)
+            rates[name] = timed(functools.partial(in_parallel, run, used, cores))
+        rates["decode stage"] = timed(
+            functools.partial(in_parallel, functools.partial(ours, size=words.size), items, cores)
+        )
+        rates["write stage"] = timed(lambda: write_alone(Path(folder), words.size, 200))
+        rates["build, pixels"], watch = end_to_end(
+            videos, Path(folder) / "out", EncoderChoice(), words.size, words.clips
+        )
+        before, after = watch.quarters()
+        if words.bundle is not None:
+            rates["encode stage"] = timed(lambda: encode_alone(words.bundle, 256, words.size))
+            choice = EncoderChoice(str(words.bundle))
+            rates["build, latents"], _ = end_to_end(videos, Path(folder) / "out", choice, words.size, words.clips)
+    ceiling = rates["ffmpeg: decode, our filters"]
+    table = Table(title=f"{len(items)} videos, {words.size}x{words.size}, {cores} cores")
+    for name in ("", "frames/s", f"clips/s of {FRAMES}", "to ffmpeg"):
+        table.add_column(name, justify="right" if name else "left")
+    for name, rate in rates.items():
+        table.add_row(name, f"{rate:.0f}", f"{rate / FRAMES:.1f}", f"{rate / ceiling:.2f}")
+    Console().print(table)
+    Console().print(f"memory of the pixel build: {before:.0f} MiB in its second quarter, {after:.0f} MiB in its last")
+    if words.json is not None:
+        words.json.write_text(json.dumps({"rates": rates, "rss_mib": [before, after], "cores": cores}, indent=1))
+
+
+if __name__ == "__main__":
+    main()
