@@ -51,7 +51,8 @@ CONDITION = ("context", "class_ids", "context_dropped")
 class Objective(Protocol):
     """What the loop needs to know about a task."""
 
-    flops_per_clip: float | None
+    flops_per_clip: float
+    """0 where nobody has counted them."""
     tokens_per_clip: int
 
     def build_model(self) -> nn.Module:
@@ -69,7 +70,7 @@ class Objective(Protocol):
     def summarise(self, clips: list[dict[str, list[float]]]) -> dict[str, Any]:
         """One validation record from the measures of all clips, in the data set's order."""
 
-    def describe(self, sample_ids: Tensor, epoch: int) -> dict[str, Any]:
+    def describe(self, sample_ids: Tensor, epoch: int, num_frames: int) -> dict[str, Any]:
         """What these samples were given in training, for the report of a bad step."""
 
 
@@ -90,10 +91,9 @@ class DenoiserObjective:
         self.diffusion = config.diffusion
         self.schedule = NoiseSchedule.create(self.diffusion.schedule, self.diffusion.num_timesteps).to(device)
         frames, tokens, _ = manifest.shape
-        self.num_frames = frames
         self._conditional = self.model_config.num_classes is not None or self.model_config.context_tokens > 0
         self.tokens_per_clip = frames * tokens
-        self.flops_per_clip: float | None = float(denoiser_flops(self.model_config, frames).training)
+        self.flops_per_clip = float(denoiser_flops(self.model_config, frames).training)
 
     def build_model(self) -> nn.Module:
         """A fresh denoiser."""
@@ -108,7 +108,7 @@ class DenoiserObjective:
         """Noisy latents, their timesteps, what the network must return, and its condition."""
         key: dict[str, Any] = {"seed": self.config.seed, "epoch": batch.epoch, "sample_ids": batch.sample_ids}
         x0 = batch.values.float()
-        timesteps = self._timesteps(batch.sample_ids, batch.epoch)
+        timesteps = self._timesteps(batch.sample_ids, batch.epoch, x0.shape[1])
         eps = counter_rng.normal(**key, purpose=Purpose.NOISE, shape=tuple(x0.shape[1:]))
         dropped = condition_dropout(self.diffusion.condition_dropout, **key) if self._conditional else None
         inputs = self._inputs(x0, eps, timesteps, self._condition(batch, len(x0), dropped))
@@ -181,16 +181,16 @@ class DenoiserObjective:
             "clips": len(clips),
         }
 
-    def describe(self, sample_ids: Tensor, epoch: int) -> dict[str, Any]:
+    def describe(self, sample_ids: Tensor, epoch: int, num_frames: int) -> dict[str, Any]:
         """The timesteps every sample was given."""
-        return {"timesteps": self._timesteps(sample_ids, epoch).tolist()}
+        return {"timesteps": self._timesteps(sample_ids, epoch, num_frames).tolist()}
 
-    def _timesteps(self, sample_ids: Tensor, epoch: int) -> Tensor:
+    def _timesteps(self, sample_ids: Tensor, epoch: int, num_frames: int) -> Tensor:
         law: Any = self.diffusion.law
         return sample_timesteps(
             law,
             len(sample_ids),
-            self.num_frames,
+            num_frames,
             self.diffusion.num_timesteps,
             seed=self.config.seed,
             epoch=epoch,
@@ -231,7 +231,7 @@ class AutoencoderObjective:
         self.config = config
         self.model_config = config.ar_vae
         self.tokens_per_clip = manifest.shape[0] * self.model_config.tokens_per_frame
-        self.flops_per_clip: float | None = None
+        self.flops_per_clip = 0.0
 
     def build_model(self) -> nn.Module:
         """A fresh AR-VAE."""
@@ -270,7 +270,7 @@ class AutoencoderObjective:
             "clips": len(clips),
         }
 
-    def describe(self, sample_ids: Tensor, epoch: int) -> dict[str, Any]:
+    def describe(self, sample_ids: Tensor, epoch: int, num_frames: int) -> dict[str, Any]:
         """Nothing random is added to the samples."""
         return {}
 

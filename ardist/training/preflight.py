@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from ardist.config import TrainConfig, batch_layout
@@ -11,6 +11,7 @@ from ardist.data.order import check_layout
 from ardist.errors import ArdistError, CheckpointError, ConfigError, DataError
 from ardist.training import commit as commits
 from ardist.training.commit import Commit
+from ardist.training.dataset import TrainingSet, paths, shares
 from ardist.training.distributed import uses_gpu
 
 OWN_DEEPSPEED_KEYS = {
@@ -28,34 +29,31 @@ IDENTITY = ("task", "denoiser", "ar_vae")
 DIFFUSION_IDENTITY = ("num_timesteps", "schedule", "target")
 
 
-def check_run(config: TrainConfig, world_size: int, checkpoints: Path) -> Manifest:
-    """Check a run against its data, its checkpoints and this machine; returns the training set's manifest.
+def check_run(config: TrainConfig, world_size: int, checkpoints: Path) -> TrainingSet:
+    """Check a run against its data, its checkpoints and this machine; returns the training set.
 
     Raises `ConfigError` or, when only data is at fault, `DataError`, with every problem in one message.
     """
     problems: list[str] = []
     data_problems: list[str] = []
-    manifest = _manifest(config.data.path, data_problems)
+    manifests = {path: _manifest(path, data_problems) for path in paths(config.data)}
     held_out = _manifest(config.validation.path, data_problems) if config.validation.path else None
     problems += _machine_problems(config)
-    problems += _layout_problems(config, world_size, manifest)
-    for what, found in (("data.path", manifest), ("validation.path", held_out)):
-        if found is not None:
-            problems += [f"{what}: {problem}" for problem in _shape_problems(config, found)]
-    if manifest is not None and held_out is not None:
-        # The AR-VAE looks at frames one by one: its held-out clips may be longer than what it trains on.
-        first = 1 if config.task == "ar_vae" else 0
-        if manifest.shape[first:] != held_out.shape[first:]:
-            problems.append(
-                f"validation.path holds samples of {list(held_out.shape)}, data.path of {list(manifest.shape)}"
-            )
+    problems += _layout_problems(config, world_size, manifests)
+    for path, manifest in manifests.items():
+        if manifest is not None:
+            problems += [f"data, {path!r}: {problem}" for problem in _shape_problems(config, manifest)]
+    # Held-out clips fit the model, like the others; how many frames they have is their own affair.
+    if held_out is not None:
+        problems += [f"validation.path: {problem}" for problem in _shape_problems(config, held_out)]
     for key in config.deepspeed:
         if key in OWN_DEEPSPEED_KEYS:
             problems.append(f"deepspeed.{key}: this is derived from {OWN_DEEPSPEED_KEYS[key]}; set that instead")
     problems += _checkpoint_problems(config, checkpoints)
     everything = problems + data_problems
-    if not everything and manifest is not None:
-        return manifest
+    complete = tuple(manifest for manifest in manifests.values() if manifest is not None)
+    if not everything and len(complete) == len(manifests):
+        return TrainingSet(complete, shares(config.data))
     noun = "problem" if len(everything) == 1 else "problems"
     message = f"this run cannot start, {len(everything)} {noun}:\n" + "\n".join(f"  {line}" for line in everything)
     raise ConfigError(message) if problems else DataError(message)
@@ -81,22 +79,23 @@ def _machine_problems(config: TrainConfig) -> Iterator[str]:
         yield f"init_from: {config.init_from!r} is not a directory"
 
 
-def _layout_problems(config: TrainConfig, world_size: int, manifest: Manifest | None) -> Iterator[str]:
+def _layout_problems(config: TrainConfig, world_size: int, manifests: Mapping[str, Manifest | None]) -> Iterator[str]:
     try:
         batch_layout(config.training, world_size)
     except ValueError as error:
         yield f"training.{error}"
         return
-    if manifest is not None:
+    for path, manifest in manifests.items():
         try:
-            check_layout(
-                manifest.num_samples,
-                lanes=config.data.lanes,
-                global_batch_size=config.training.global_batch_size,
-                world_size=world_size,
-            )
+            if manifest is not None:
+                check_layout(
+                    manifest.num_samples,
+                    lanes=config.data.lanes,
+                    global_batch_size=config.training.global_batch_size,
+                    world_size=world_size,
+                )
         except ArdistError as error:
-            yield f"data: {error}"
+            yield f"data, {path!r}: {error}"
 
 
 def _shape_problems(config: TrainConfig, manifest: Manifest) -> Iterator[str]:

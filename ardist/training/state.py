@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ardist.data.manifest import Manifest
 from ardist.errors import CheckpointError, ConfigError
 from ardist.events import events
 from ardist.training import commit as commits
@@ -66,7 +65,7 @@ def snapshot(trainer: Trainer) -> Snapshot:
         step=trainer.step,
         config=config.model_dump(mode="json"),
         config_digest=config.digest(),
-        manifest_digest=trainer.manifest.digest(),
+        manifest_digest=trainer.data.digest,
         zero_stage=config.training.zero_stage,
         precision=config.training.precision,
         state={
@@ -74,19 +73,9 @@ def snapshot(trainer: Trainer) -> Snapshot:
             "counters": trainer.engine.counters(),
             "loss_scaler": trainer.engine.loss_scaler(),
             "history": trainer.history.as_dict(),
-            "dataset": describe_dataset(trainer.manifest),
+            "dataset": trainer.data.describe(),
         },
     )
-
-
-def describe_dataset(manifest: Manifest) -> dict[str, Any]:
-    """What an export must know of the data the weights were trained on."""
-    return {
-        "id": manifest.dataset_id,
-        "shape": list(manifest.shape),
-        "classes": None if manifest.classes is None else list(manifest.classes),
-        "vae_weights_digest": None if manifest.vae is None else manifest.vae.weights_digest,
-    }
 
 
 def resume_or_begin(trainer: Trainer) -> None:

@@ -46,7 +46,7 @@ class Throughput:
         self,
         *,
         global_batch_size: int,
-        tokens_per_clip: int,
+        tokens_per_clip: float,
         flops_per_clip: float | None,
         world_size: int,
         peak: float | None,

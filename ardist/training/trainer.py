@@ -13,8 +13,7 @@ import torch
 
 from ardist import fault, log
 from ardist.config import TrainConfig
-from ardist.data.loader import StreamingLoader
-from ardist.data.manifest import Manifest
+from ardist.data.loader import open_loader
 from ardist.errors import ConfigError, Preempted
 from ardist.training import distributed
 from ardist.training.batches import DeviceCopy, cut
@@ -28,6 +27,7 @@ from ardist.training.callbacks.replicas import ReplicaCheck
 from ardist.training.callbacks.samples import SampleLog
 from ardist.training.callbacks.validation import Validation
 from ardist.training.checkpoint import CheckpointWriter
+from ardist.training.dataset import TrainingSet
 from ardist.training.distributed import World
 from ardist.training.ema import ShardedEMA
 from ardist.training.engine import Engine, StepOutcome
@@ -57,7 +57,7 @@ def train(config: TrainConfig, callbacks: Sequence[Callback] = ()) -> None:
     distributed.prepare_environment()
     rank, size, _ = distributed.environment()
     run = RunDirectory(config.run_dir)
-    manifest = check_run(config, size, run.checkpoints)
+    data = check_run(config, size, run.checkpoints)
     if rank == 0:
         run.make()
         run.lock()
@@ -65,7 +65,7 @@ def train(config: TrainConfig, callbacks: Sequence[Callback] = ()) -> None:
         world = distributed.start(config.training.timeout_minutes)
         world.barrier()  # the run directory exists from here on
         log.configure(run.path, logging.getLogger("ardist").level or logging.INFO)
-        trainer = Trainer(config, manifest, world, run, callbacks)
+        trainer = Trainer(config, data, world, run, callbacks)
         try:
             trainer.fit()
         finally:
@@ -90,16 +90,16 @@ class Trainer:
     def __init__(
         self,
         config: TrainConfig,
-        manifest: Manifest,
+        data: TrainingSet,
         world: World,
         run: RunDirectory,
         callbacks: Sequence[Callback] = (),
     ) -> None:
         self.config = config
-        self.manifest = manifest
+        self.data = data
         self.world = world
         self.run = run
-        check_ranks_agree(world, config, manifest)
+        check_ranks_agree(world, config, data)
         torch.use_deterministic_algorithms(config.debug.deterministic)
         torch.manual_seed(config.seed)
 
@@ -109,17 +109,17 @@ class Trainer:
         self.history = History()
         self.stop = StopRequest(world)
 
-        self.objective = build_objective(config, manifest, world.device)
+        objectives = [build_objective(config, manifest, world.device) for manifest in data.manifests]
+        self.objective = objectives[0]
         self.engine = Engine(self.objective.build_model(), config, world)
         decays = config.training.ema_decays
         self.ema = ShardedEMA(self.engine.fragments, decays) if decays else None
-        self.loader = StreamingLoader(
+        self.loader = open_loader(
             config.data,
             seed=config.seed,
             global_batch_size=config.training.global_batch_size,
             rank=world.rank,
             world_size=world.size,
-            manifest=manifest,
         )
         self.to_device = DeviceCopy(world.device)
         self.writer = CheckpointWriter(
@@ -131,8 +131,8 @@ class Trainer:
         )
         self.throughput = Throughput(
             global_batch_size=config.training.global_batch_size,
-            tokens_per_clip=self.objective.tokens_per_clip,
-            flops_per_clip=self.objective.flops_per_clip,
+            tokens_per_clip=data.mean([objective.tokens_per_clip for objective in objectives]),
+            flops_per_clip=data.mean([objective.flops_per_clip for objective in objectives]) or None,
             world_size=world.size,
             peak=peak_flops(device_name(world.device), config.training.precision),
         )
@@ -142,6 +142,7 @@ class Trainer:
         # What the last step did, for the callbacks.
         self.epoch = 0
         self.sample_ids = torch.empty(0, dtype=torch.int64)
+        self.num_frames = 0
         self.losses: list[torch.Tensor] = []
         self.outcome = StepOutcome(None, False)
 
@@ -187,7 +188,12 @@ class Trainer:
         with self.window.waiting_for_data():
             batch = next(self.loader)
         fault.point("trainer.batch")
-        self.sample_ids, self.epoch, self.losses = batch.sample_ids, batch.epoch, []
+        self.sample_ids, self.epoch, self.num_frames, self.losses = (
+            batch.sample_ids,
+            batch.epoch,
+            batch.values.shape[1],
+            [],
+        )
 
         for micro_batch in cut(self.objective.prepare(self.to_device(batch)), self.engine.micro_batch_size):
             loss, metrics = self.objective.loss(self.engine, micro_batch)
@@ -242,11 +248,11 @@ def built_in_callbacks(config: TrainConfig) -> list[Callback]:
     return [callback for wanted, callback in callbacks if wanted]
 
 
-def check_ranks_agree(world: World, config: TrainConfig, manifest: Manifest) -> None:
+def check_ranks_agree(world: World, config: TrainConfig, data: TrainingSet) -> None:
     """Refuse ranks that do not run the same code on the same settings and data (collective)."""
     mine = {
         "configuration": config.digest(),
-        "manifest": manifest.digest(),
+        "data": data.digest,
         **{name: version(name) for name in ("ardist", "torch", "deepspeed")},
     }
     everyone = world.all_gather(mine)

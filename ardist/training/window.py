@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -16,8 +17,9 @@ class Window:
     """Sums over the micro-batches since the last log point, kept on the device: adding makes nobody wait."""
 
     def __init__(self) -> None:
-        self._sums: dict[str, torch.Tensor] = {}
-        self._micro_batches = 0
+        # By name and length: with images and videos in turn, what is counted per frame has two lengths.
+        self._sums: dict[tuple[str, int], torch.Tensor] = {}
+        self._counts: Counter[tuple[str, int]] = Counter()
         self.steps = 0
         self.data_seconds = 0.0
         self.other_seconds = 0.0
@@ -26,8 +28,9 @@ class Window:
     def add(self, loss: torch.Tensor, metrics: dict[str, torch.Tensor]) -> None:
         """Add one micro-batch's numbers."""
         for name, value in {"loss": loss.detach(), **metrics}.items():
-            self._sums[name] = self._sums[name] + value if name in self._sums else value.clone()
-        self._micro_batches += 1
+            key = (name, value.numel())
+            self._sums[key] = self._sums[key] + value if key in self._sums else value.clone()
+            self._counts[key] += 1
 
     @contextmanager
     def waiting_for_data(self) -> Iterator[None]:
@@ -37,15 +40,19 @@ class Window:
         self.data_seconds += time.perf_counter() - began
 
     def means(self, world: World) -> dict[str, Any]:
-        """Means over micro-batches, steps and ranks: one reduction and one host read (collective)."""
-        names = sorted(self._sums)
-        if not names:
+        """Means over micro-batches, steps and ranks: one reduction and one host read (collective).
+
+        Of vectors of several lengths the longest has the plain name, the others have their length behind it.
+        """
+        keys = sorted(self._sums)
+        if not keys:
             return {}
-        flat = torch.cat([self._sums[name].reshape(-1) for name in names]) / self._micro_batches
+        flat = torch.cat([self._sums[key].reshape(-1) / self._counts[key] for key in keys])
         values, result, position = world.mean(flat).tolist(), {}, 0
-        for name in names:
-            size = self._sums[name].numel()
+        longest = dict(keys)  # sorted: the last length of a name is its largest
+        for name, size in keys:
             part = values[position : position + size]
-            result[name] = part if self._sums[name].ndim else part[0]
+            shown = name if longest[name] == size else f"{name}_{size}"
+            result[shown] = part if self._sums[name, size].ndim else part[0]
             position += size
         return result

@@ -116,11 +116,27 @@ def test_fifty_steps_on_one_two_and_four_ranks(tmp_path: Path, data: Path) -> No
         assert curve == pytest.approx(first[0], abs=1e-5), layout
 
 
+@pytest.mark.parametrize("by", ["sample", "step"])
+def test_a_mixture_trains_and_resumes(tmp_path: Path, data: Path, by: str) -> None:
+    other = write_latents(tmp_path / "other", samples=32, seed=2, frames=4 if by == "sample" else 1)
+    mixture = [{"path": str(data), "weight": 3}, {"path": str(other), "weight": 1}]
+    changes = {"data__path": "", "data__mixture": mixture, "data__mixture_by": by}
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    train_on(2, whole, data, **changes)
+    train_on(2, cut, data, training__stop_after=5, **changes)
+    train_on(1, cut, data, **changes)
+    assert sample_ids(cut).keys() == sample_ids(whole).keys()
+    assert losses(cut)[:5] == losses(whole)[:5]
+    assert losses(cut) == pytest.approx(losses(whole), abs=1e-5)
+    lengths = {len(record["loss_per_frame"]) for record in records(whole).values()}
+    assert lengths == ({4} if by == "sample" else {1, 4})
+
+
 def _validate(config: TrainConfig) -> dict[str, Any]:
     """Validate the checkpoint of a finished run, without training."""
     run = RunDirectory(config.run_dir)
-    manifest = check_run(config, distributed.environment()[1], run.checkpoints)
-    trainer = Trainer(config, manifest, distributed.start(), run)
+    training_set = check_run(config, distributed.environment()[1], run.checkpoints)
+    trainer = Trainer(config, training_set, distributed.start(), run)
     validation = next(callback for callback in trainer.callbacks if isinstance(callback, Validation))
     validation.on_start(trainer)
     trainer.world.barrier()

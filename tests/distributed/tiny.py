@@ -21,7 +21,9 @@ from ardist.training.trainer import train
 FRAMES, TOKENS, CHANNELS = 4, 3, 4
 
 
-def write_latents(directory: Path, samples: int = 64, shards: int = 4, seed: int = 0, classes: int = 0) -> Path:
+def write_latents(
+    directory: Path, samples: int = 64, shards: int = 4, seed: int = 0, classes: int = 0, frames: int = FRAMES
+) -> Path:
     """Clips of unit-norm tokens that turn slowly over time: something that can be learned."""
     generator = np.random.default_rng(seed)
     entries = []
@@ -32,12 +34,12 @@ def write_latents(directory: Path, samples: int = 64, shards: int = 4, seed: int
             number = shard * per_shard + index
             start = generator.normal(size=(1, TOKENS, CHANNELS)) * 0.3 + np.eye(CHANNELS)[:TOKENS]
             turn = generator.normal(size=(1, TOKENS, CHANNELS)) * 0.1
-            clip = start + turn * np.arange(FRAMES)[:, None, None]
+            clip = start + turn * np.arange(frames)[:, None, None]
             clip /= np.linalg.norm(clip, axis=-1, keepdims=True)
             info = SampleInfo(
-                source=f"clip-{number}.mp4", frames=FRAMES, class_id=number % classes if classes else None
+                source=f"clip-{number}.mp4", frames=frames, class_id=number % classes if classes else None
             )
-            key = sample_key(f"{seed}-clip-{number}.mp4", (0, FRAMES), {})
+            key = sample_key(f"{seed}-clip-{number}.mp4", (0, frames), {})
             items.append(Sample(key, clip.astype("<f2"), info))
         entries.append(write_shard(directory, shard, items, "float16"))
     manifest = fold_shards(

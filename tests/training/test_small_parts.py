@@ -63,6 +63,14 @@ def test_window_means_over_micro_batches() -> None:
     assert window.means(World(0, 1, torch.device("cpu"))) == {"loss": 3.0, "per_frame": [3.0, 0.0]}
 
 
+def test_window_keeps_clips_of_two_lengths_apart() -> None:
+    window = Window()
+    for loss, frames in ((1.0, 1), (2.0, 3), (4.0, 3)):
+        window.add(torch.tensor(loss), {"per_frame": torch.full((frames,), loss)})
+    means = window.means(World(0, 1, torch.device("cpu")))
+    assert means == {"loss": pytest.approx(7 / 3), "per_frame_1": [1.0], "per_frame": [3.0, 3.0, 3.0]}
+
+
 def test_ema_decay_warms_up() -> None:
     assert [warmed_decay(0.999, n) for n in (0, 1, 90)] == [0.1, 2 / 11, 0.91]
     assert warmed_decay(0.999, 10**6) == 0.999

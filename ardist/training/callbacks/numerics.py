@@ -28,6 +28,7 @@ class _Step:
     epoch: int
     skipped: torch.Tensor | bool
     sample_ids: torch.Tensor
+    num_frames: int
     loss: torch.Tensor
 
 
@@ -46,7 +47,14 @@ class SkippedSteps(Callback):
     def after_step(self, trainer: Trainer) -> None:
         skipped = trainer.outcome.skipped
         self._open.append(
-            _Step(trainer.step, trainer.epoch, skipped, trainer.sample_ids, torch.stack(trainer.losses).mean())
+            _Step(
+                trainer.step,
+                trainer.epoch,
+                skipped,
+                trainer.sample_ids,
+                trainer.num_frames,
+                torch.stack(trainer.losses).mean(),
+            )
         )
         due = trainer.step % trainer.config.training.log_every == 0 or trainer.step == trainer.total_steps
         if isinstance(skipped, bool) or due or trainer.stopping:
@@ -73,7 +81,7 @@ class SkippedSteps(Callback):
             "rank": trainer.world.rank,
             "loss": loss if math.isfinite(loss) else str(loss),
             "sample_ids": [f"{value & (2**64 - 1):016x}" for value in step.sample_ids.tolist()],
-            **trainer.objective.describe(device_ids, step.epoch),
+            **trainer.objective.describe(device_ids, step.epoch, step.num_frames),
         }
         ranks = trainer.world.all_gather(mine)
         if trainer.world.is_main:
