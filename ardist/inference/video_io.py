@@ -20,10 +20,7 @@ from numpy import ndarray
 from PIL import Image, UnidentifiedImageError
 
 from ardist.errors import DataError, HardwareError, InvalidValueError
-from ardist.inference.contact_sheet import contact_sheet
 from ardist.media import ffmpeg_binary
-
-__all__ = ["Mp4Writer", "contact_sheet", "read_frames", "write_mp4"]
 
 IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "BMP")
 VIDEO_FORMATS = "mov,mp4,matroska,webm,avi,mpegts,gif"

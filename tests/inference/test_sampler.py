@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import pairwise
+from random import Random
 from typing import Any
 
 import pytest
@@ -62,6 +63,25 @@ def test_cached_equals_uncached_with_guidance(changes: dict[str, Any], differenc
     window = arguments.pop("window")
     sampler = ADSampler(denoiser, NOISE, window=window)
     actual = sampler.sample(6, num_inference_steps=5, difference=difference, **arguments)
+    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("draw", range(10))
+def test_cached_equals_uncached_at_random_settings(draw: int) -> None:
+    random = Random(draw)
+    steps = random.choice([2, 4, 5, 8])
+    frames, batch = random.randint(2, 9), random.randint(1, 3)
+    given = random.randint(0, frames - 1)
+    generator = torch.Generator().manual_seed(draw)
+    arguments: dict[str, Any] = {"seed": draw, "guidance_scale": random.choice([1.0, 0.0, 3.0])}
+    if given:
+        arguments["prefix"] = torch.randn(batch, given, 3, 4, generator=generator)
+    denoiser = random_denoiser(seed=draw, num_classes=2, window=random.choice([None, 4]), **CONTEXT)
+    arguments |= conditions(denoiser, batch)
+    difference, window = random.randint(0, steps), random.randint(1, 4)
+    expected = plain_sample(denoiser, frames, steps, difference, batch=batch, window=window, **arguments)
+    sampler = ADSampler(denoiser, NOISE, window=window)
+    actual = sampler.sample(frames, num_inference_steps=steps, difference=difference, **arguments)
     torch.testing.assert_close(actual, expected, rtol=0, atol=1e-5)
 
 

@@ -12,7 +12,8 @@ from PIL import Image
 
 from ardist.errors import DataError, HardwareError, InvalidValueError
 from ardist.inference import video_io
-from ardist.inference.video_io import Mp4Writer, contact_sheet, read_frames, write_mp4
+from ardist.inference.contact_sheet import contact_sheet
+from ardist.inference.video_io import Mp4Writer, read_frames, write_mp4
 
 
 def gradient(frames: int = 6, height: int = 32, width: int = 48) -> NDArray[np.uint8]:
