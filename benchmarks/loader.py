@@ -69,6 +69,7 @@ class Row:
     reader: str
     rates: list[float] = field(default_factory=list)
     first: list[float] = field(default_factory=list)
+    cpu: list[float] = field(default_factory=list)
     correct: bool = True
 
 
@@ -146,6 +147,7 @@ def measure(
                 row = rows[name]
                 row.rates.append(result["samples"] / result["seconds"])
                 row.first.append(result["first"])
+                row.cpu.append(result["cpu"] / result["samples"])
                 row.correct &= (result["samples"], result["distinct"], result["sum"]) == expected
     return list(rows.values())
 
@@ -163,7 +165,9 @@ def peers_environment(folder: Path, create: bool) -> str:
 
 def show(console: Console, title: str, profile: Profile, rows: list[Row], ceiling: float) -> None:
     """The table of one profile and place."""
-    table = Table("reader", "samples/s", "MB/s", "first batch", "ours is", "each sample once", title=title)
+    table = Table(
+        "reader", "samples/s", "MB/s", "CPU µs/sample", "first batch", "ours is", "each sample once", title=title
+    )
     ours = statistics.median(next(row for row in rows if row.reader == "ardist").rates)
     for row in sorted(rows, key=lambda row: -statistics.median(row.rates)):
         rate = statistics.median(row.rates)
@@ -172,6 +176,7 @@ def show(console: Console, title: str, profile: Profile, rows: list[Row], ceilin
             row.reader,
             f"{rate:,.0f}",
             f"{rate * profile.bytes / 1e6:,.0f}",
+            f"{statistics.median(row.cpu) * 1e6:,.1f}",
             f"{statistics.median(row.first):.2f} s",
             ratio,
             "yes" if row.correct else "NO",

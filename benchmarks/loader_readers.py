@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import resource
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -28,6 +29,14 @@ def numbers(batch: torch.Tensor) -> np.ndarray:
     """The numbers of a batch's samples."""
     flat = batch.reshape(len(batch), -1)[:, :2].to(torch.float32).numpy()
     return (flat[:, 0] * 2048 + flat[:, 1]).astype(np.int64)
+
+
+def cpu_seconds() -> float:
+    """Processor time of this process and its finished children."""
+    return sum(
+        used.ru_utime + used.ru_stime
+        for used in map(resource.getrusage, (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    )
 
 
 def ardist_loader(options: argparse.Namespace) -> Iterator[torch.Tensor]:
@@ -231,17 +240,21 @@ def main() -> None:
     torch.set_num_threads(1)
     batches = READERS[options.reader](options)
     next(batches)
-    begun, first, seen = time.perf_counter(), 0.0, []
+    begun, busy, first, seen = time.perf_counter(), cpu_seconds(), 0.0, []
     for batch in batches:
         first = first or time.perf_counter() - begun
         seen.append(numbers(batch))
     seconds = time.perf_counter() - begun
+    # Worker processes count once they are waited for.
+    del batches
+    busy = cpu_seconds() - busy
     delivered = np.concatenate(seen)
     distinct = np.unique(delivered)
     print(
         json.dumps(
             {
                 "seconds": seconds,
+                "cpu": busy,
                 "first": first,
                 "samples": len(delivered),
                 "distinct": len(distinct),

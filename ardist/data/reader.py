@@ -74,32 +74,46 @@ class SampleReader:
         hasher = xxhash.xxh3_64()
         part: OpenPart | None = None
         for place, number, row in zip(order.tolist(), shards[order].tolist(), rows[order].tolist(), strict=True):
+            here = place + slot
             try:
                 if part is None or part.shard.number != number or row >= part.last:
                     part = None
                     part = self._table.part(number, row)
-                if (number, row) in self._bad:
+                if self._bad and (number, row) in self._bad:
                     raise self._bad[number, row]
-                part = self._read_or_fetch_again(part, row, buffer, place + slot, hasher)
+                self._read_row(part, row, buffer, here, hasher)
             except ShardError as error:
-                bad[place + slot] = error
+                part = self._fetch_again(part, row, buffer, here, hasher, error, bad)
         self._check_contents(shards, rows, buffer, slot, bad)
         for here, problem in bad.items():
             if problem.offset is not None and problem.reason != "read" and len(self._bad) < _REMEMBERED:
                 self._bad[int(shards[here - slot]), int(rows[here - slot])] = problem
         return [BadSample(here, problem) for here, problem in sorted(bad.items())]
 
-    def _read_or_fetch_again(self, part: OpenPart, row: int, buffer: RowBuffer, slot: int, hasher: Any) -> OpenPart:
-        """Read a row; where a local copy turns out to be damaged, from a new copy, which is returned."""
+    def _fetch_again(
+        self,
+        part: OpenPart | None,
+        row: int,
+        buffer: RowBuffer,
+        slot: int,
+        hasher: Any,
+        error: ShardError,
+        bad: dict[int, ShardError],
+    ) -> OpenPart | None:
+        """Read a row that was not good once more, where only a local copy may be damaged; else note it in `bad`.
+
+        Returns the part to go on with.
+        """
+        copied = part is not None and error.reason in ("checksum", "length")
+        fresh = None
         try:
-            self._read_row(part, row, buffer, slot, hasher)
-        except ShardError as error:
-            fresh = self._table.replaced(part, error)
+            fresh = self._table.replaced(part, error) if part is not None and copied else None
             if fresh is None:
-                raise
+                raise error
             self._read_row(fresh, row, buffer, slot, hasher)
-            return fresh
-        return part
+        except ShardError as problem:
+            bad[slot] = problem
+        return fresh or part
 
     def _read_row(self, part: OpenPart, row: int, buffer: RowBuffer, slot: int, hasher: Any) -> None:
         """Read one member into a row and compare its hash; the hot path of the loader."""

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from ardist.data.manifest import Manifest
+from ardist.data.shard_writer import real_values
 from ardist.errors import DataError
 
 BATCHES = 50
 _SIGMAS = 5.0
 _SCALES = 5.0
+_VECTORS = 4096
 
 
 class LatentSanity:
@@ -24,33 +30,36 @@ class LatentSanity:
     def __init__(self, manifest: Manifest, path: str) -> None:
         statistics = manifest.latent_statistics
         self._left = BATCHES if statistics is not None and manifest.dtype != "uint8" else 0
-        self._path, self._count = path, 0
-        if statistics is not None:
-            self._mean = torch.tensor(statistics.mean, dtype=torch.float64)
-            self._std = torch.tensor(statistics.std, dtype=torch.float64)
-            self._total, self._squares = torch.zeros_like(self._mean), torch.zeros_like(self._mean)
+        self._path, self._dtype, self._count = path, manifest.dtype, 0
+        channels = manifest.shape[-1]
+        self._mean = np.array(statistics.mean if statistics else [0.0] * channels)
+        self._std = np.array(statistics.std if statistics else [1.0] * channels)
+        self._total, self._squares = np.zeros(channels), np.zeros(channels)
 
     def look(self, values: torch.Tensor) -> None:
         """Take one batch [m, F, L, C] into account; free of cost once the first batches are through."""
         if not self._left:
             return
         self._left -= 1
-        flat = values.reshape(-1, values.shape[-1]).double()
+        # numpy, because torch would wake all its threads for this; a spread-out part of a batch tells the same.
+        stored = values.view(torch.uint16) if self._dtype == "bfloat16" else values
+        flat = stored.numpy().reshape(-1, values.shape[-1])
+        flat = real_values(flat[:: max(1, len(flat) // _VECTORS)], self._dtype).astype(np.float64)
         self._count += len(flat)
         self._total += flat.sum(0)
         self._squares += (flat * flat).sum(0)
         mean = self._total / self._count
-        std = (self._squares / self._count - mean**2).clamp_min(0).sqrt()
-        away = ((mean - self._mean).abs() / self._std).max()
+        std = np.sqrt(np.maximum(self._squares / self._count - mean**2, 0))
+        away = (np.abs(mean - self._mean) / self._std).max()
         # One channel may well be quiet in one video; all of them at once are not.
-        scale = (std / self._std).clamp_min(1e-12).log().mean().exp()
+        scale = np.exp(np.log(np.maximum(std / self._std, 1e-12)).mean())
         if away > _SIGMAS or not 1 / _SCALES < scale < _SCALES:
             raise DataError(
-                f"the latents of {self._path} are not those of its manifest: over the first {self._count} values a "
-                f"channel has mean {_shown(mean)} and deviation {_shown(std)}, the manifest says {_shown(self._mean)} "
-                f"and {_shown(self._std)} (per channel). Were they made by another VAE or scaled differently?"
+                f"the latents of {self._path} are not those of its manifest: over the first {self._count} vectors the "
+                f"channels have mean {_shown(mean)} and deviation {_shown(std)}, the manifest says "
+                f"{_shown(self._mean)} and {_shown(self._std)}. Were they made by another VAE or scaled differently?"
             )
 
 
-def _shown(values: torch.Tensor) -> str:
+def _shown(values: npt.NDArray[Any]) -> str:
     return "[" + ", ".join(f"{value:.3g}" for value in values[:8].tolist()) + (", …]" if len(values) > 8 else "]")
