@@ -66,8 +66,9 @@ def in_parallel(work: Callable[[Any], int], items: Iterable[Any], threads: int) 
         return sum(pool.map(work, items))
 
 
-def bare(path: Path, count: int, filters: str) -> int:
+def bare(item: tuple[Path, int], filters: str) -> int:
     """ffmpeg alone, from a file to /dev/null."""
+    path, count = item
     words = ["-threads", "1", "-i", str(path), "-frames:v", str(count), *(["-vf", filters] if filters else [])]
     command = [ffmpeg_binary(), "-nostdin", "-loglevel", "error", "-y", *words, "-an", "-f", "rawvideo"]
     subprocess.run([*command, *(["-pix_fmt", "rgb24"] if filters else []), "/dev/null"], check=True)
@@ -174,7 +175,7 @@ def main() -> None:
             "ffmpeg: decode, fast bicubic": f"{scale}bicubic,{crop}",
             "ffmpeg: decode, our filters": f"{scale}{SCALE_FLAGS},format=gbrp,{crop}",
         }.items():
-            run = functools.partial(lambda item, f: bare(*item, f), f=filters)
+            run = functools.partial(bare, filters=filters)
             rates[name] = timed(functools.partial(in_parallel, run, used, cores))
         rates["decode stage"] = timed(
             functools.partial(in_parallel, functools.partial(ours, size=words.size), items, cores)
