@@ -12,6 +12,7 @@ each round, so that a change of the machine's pace meets all of them.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import platform
 import statistics
@@ -89,9 +90,9 @@ def candidates(shape: Shape, device: torch.device, dtype: torch.dtype) -> dict[s
             continue
         if name.startswith("flash/"):
             kernel = KERNELS[name.removeprefix("flash/")]
-            found[name] = lambda q, k, v, kernel=kernel: block_causal(q, k, v, layout, kernel)
+            found[name] = functools.partial(block_causal, layout=layout, kernel=kernel)
         else:
-            found[name] = lambda q, k, v, name=name: attention(q, k, v, layout, name)
+            found[name] = functools.partial(attention, layout=layout, backend=name)
     return found
 
 
@@ -134,11 +135,11 @@ def measure(shape_name: str, shape: Shape, device: torch.device, dtype: torch.dt
     }
     for turn in range(repeats + 2):
         for candidate, attend in attends.items():
-            taken = milliseconds(lambda attend=attend: forward(attend), device)
+            taken = milliseconds(functools.partial(forward, attend), device)
             if turn >= 2:
                 forward_times[candidate].append(taken)
         for candidate in both_times:
-            taken = milliseconds(lambda attend=attends[candidate]: both(attend), device)
+            taken = milliseconds(functools.partial(both, attends[candidate]), device)
             if turn >= 2:
                 both_times[candidate].append(taken)
     flops = 4.0 * layout.num_pairs() * shape.head_dim * shape.heads * shape.batch
@@ -183,8 +184,8 @@ def main() -> None:
             if result.both_ms is not None and base.both_ms is not None:
                 ratio = base.both_ms / result.both_ms
                 second = (f"{result.both_ms:.2f} ms", f"{ratio:.2f}", f"{result.both_tflops:.3g}")
-            first = (f"{result.forward_ms:.2f} ms", f"{base.forward_ms / result.forward_ms:.2f}")
-            first = (*first, f"{result.forward_tflops:.3g}")
+            ratio = base.forward_ms / result.forward_ms
+            first = (f"{result.forward_ms:.2f} ms", f"{ratio:.2f}", f"{result.forward_tflops:.3g}")
             table.add_row(label, result.candidate, *first, *second, f"{result.difference:.1e}")
             label = ""
         table.add_section()

@@ -94,10 +94,8 @@ def available_backends(
 def _resolve(name: str, device_type: str, dtype: torch.dtype, head_dim: int, tracked: bool, *key: Any) -> str:
     choose("attention backend", name, BACKENDS)
     if name == "auto":
-        layout = AttentionLayout.from_key(key)
-        masked = layout.num_pairs() < layout.num_queries * layout.num_keys
         half = dtype in (torch.float16, torch.bfloat16)
-        suits_flash = masked and half and device_type == "cuda"
+        suits_flash = device_type == "cuda" and half and _forbids_anything(AttentionLayout.from_key(key))
         return "flash" if suits_flash and flash.none_works(device_type, dtype, head_dim) is None else "sdpa"
     problem = _problem(name, device_type, dtype, head_dim, tracked)
     if problem is not None:
@@ -106,6 +104,10 @@ def _resolve(name: str, device_type: str, dtype: torch.dtype, head_dim: int, tra
             f"attention backend {name!r} cannot serve this: {problem}; legal: auto, {', '.join(able)}"
         )
     return name
+
+
+def _forbids_anything(layout: AttentionLayout) -> bool:
+    return layout.num_pairs() < layout.num_queries * layout.num_keys
 
 
 def _problem(name: str, device_type: str, dtype: torch.dtype, head_dim: int, tracked: bool) -> str | None:

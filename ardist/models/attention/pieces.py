@@ -24,7 +24,7 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
-from ardist.models.attention.layout import AttentionLayout
+from ardist.models.attention.layout import AttentionLayout, LayoutKey
 from ardist.models.attention.tracing import trace_time_constant
 
 
@@ -79,11 +79,12 @@ def pieces(layout: AttentionLayout) -> tuple[Piece, ...]:
 
 @trace_time_constant
 def _constant_pieces(*key: Any) -> tuple[Piece, ...]:
-    return _pieces(AttentionLayout.from_key(key).relative())
+    return _pieces(key)
 
 
 @functools.lru_cache(maxsize=256)
-def _pieces(layout: AttentionLayout) -> tuple[Piece, ...]:
+def _pieces(key_of_layout: LayoutKey) -> tuple[Piece, ...]:
+    layout = AttentionLayout.from_key(key_of_layout).relative()
     context, length = layout.context_tokens, layout.tokens_per_frame
     asking, end = layout.num_context_queries, layout.num_queries
     first_frame, last_frame = layout.query_frames[0], layout.query_frames[1] - 1

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from ardist.models.attention.layout import AttentionLayout
+from ardist.models.attention.layout import AttentionLayout, LayoutKey
 from ardist.models.attention.tracing import trace_time_constant
 
 # Measured on one x86-64 core (fp32, head dims 32 and 64, frames of 1 to 64 tokens): with gradients chunks of 64 tokens
@@ -62,7 +62,7 @@ def _keys(x: Tensor, call: _Call) -> Tensor:
 
 @trace_time_constant
 def _plan(chunk_tokens: int, *key: Any) -> tuple[_Call, ...]:
-    return _cached_plan(AttentionLayout.from_key(key).relative(), chunk_tokens)
+    return _cached_plan(chunk_tokens, key)
 
 
 @trace_time_constant
@@ -74,7 +74,8 @@ def _mask(device: torch.device, index: int, chunk_tokens: int, *key: Any) -> Ten
 
 
 @functools.lru_cache(maxsize=1024)
-def _cached_plan(layout: AttentionLayout, chunk_tokens: int) -> tuple[_Call, ...]:
+def _cached_plan(chunk_tokens: int, key: LayoutKey) -> tuple[_Call, ...]:
+    layout = AttentionLayout.from_key(key).relative()
     whole = _Call((0, layout.num_queries), (0, layout.num_keys))
     if layout.num_pairs() == layout.num_queries * layout.num_keys:
         return (whole,)
