@@ -34,7 +34,7 @@ class TokenDecoder(nn.Module):
         self.head_dim = width // config.num_heads if config.temporal_positions == "rope" else None
         self.activation_checkpointing = False
         self.embed = nn.Linear(config.latent_channels, width)
-        self.mask_token = learned_tokens(1, width)
+        self.mask_token = learned_tokens(1, width, std=1.0)
         self.cls_token = learned_tokens(1, width)
         self.cls_position = learned_tokens(1, width)
         self.patch_positions, self.latent_positions = learned_positions(side, config.tokens_per_frame, width)
@@ -50,6 +50,11 @@ class TokenDecoder(nn.Module):
         self.codebook = nn.Linear(config.codebook_size, config.codebook_dim)
         for part in (self.embed, self.to_logits):
             part.apply(init_weights)
+        with torch.no_grad():  # see transformer.py: latents speak in the second half of the channels
+            self.embed.weight[: width // 2] = 0.0
+            # A mask token has nothing to say. Noise there makes its place count less than a latent token's, so that
+            # patches attend to latents rather than to each other.
+            self.mask_token[:, : width // 2] = 0.0
         nn.init.normal_(self.codebook.weight)
 
     def forward(

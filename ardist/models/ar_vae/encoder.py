@@ -38,8 +38,12 @@ class Encoder(nn.Module):
         self.layers = transformer_layers(width, config.depth, config.num_heads, config.mlp_ratio)
         self.norm_out = nn.LayerNorm(width)
         self.moments = nn.Linear(width, 2 * config.latent_channels)
-        init_weights(self.patch_embed)
-        init_weights(self.moments)
+        for module in (self.patch_embed, self.moments):
+            init_weights(module)
+        with torch.no_grad():  # see transformer.py: patches speak in the second half of the channels
+            self.patch_embed.weight[: width // 2] = 0.0
+            self.moments.weight[:, : width // 2] = 0.0
+        nn.init.normal_(self.moments.bias[: config.latent_channels], std=0.1)
 
     def forward(self, frames: Float[Tensor, "n 3 h w"]) -> tuple[Float[Tensor, "n l c"], Float[Tensor, "n l c"]]:
         """Mean and clamped log-variance, float32, of frames in [-1, 1]."""

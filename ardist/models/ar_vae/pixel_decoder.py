@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -73,6 +74,8 @@ class PixelDecoder(nn.Module):
         )
         self.norm_out = group_norm(channels[-1])
         self.conv_out = nn.Conv2d(channels[-1], 3, 3, padding=1)
+        with torch.no_grad():  # the first pictures are about mid-grey
+            self.conv_out.weight.mul_(0.3)
 
     def forward(self, codes: Float[Tensor, "n z gh gw"]) -> Float[Tensor, "n 3 h w"]:
         x = self.stages(self.middle(self.conv_in(codes)))

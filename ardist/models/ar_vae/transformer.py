@@ -1,8 +1,10 @@
 """The plain vision transformer that encoder and decoder share, and how its weights start.
 
-The start matters: with the usual small random weights a new autoencoder first learns the mean image and only much
-later that latent tokens say something about places. Here every token begins with a place in the frame: patches their
-own, latent tokens spread evenly, and since queries and keys start equal, tokens attend to what is near them.
+The start matters. With small random weights the latent tokens of a new autoencoder hardly depend on the image and its
+output hardly on them, so it learns the mean image first and stays there for long. Here one half of the channels
+starts as "place", the other as "content": positions live in the first half, what patches and latents say in the
+second; attention compares places and moves content. So from the first step a latent token tells of the patches near
+its place and a patch is decoded from the latents near it. Training is free to mix the halves.
 """
 
 from __future__ import annotations
@@ -37,10 +39,15 @@ class SelfAttention(nn.Module):
         return y
 
     @torch.no_grad()
-    def tie_keys_to_queries(self) -> None:
-        """Let keys start equal to queries, so that a token attends to tokens like itself."""
-        query, key, _ = self.qkv.weight.chunk(3)
+    def start_by_place(self) -> None:
+        """Compare places (with equal queries and keys: near ones attract), read content, write content."""
+        half = self.out.in_features // 2
+        query, key, value = self.qkv.weight.chunk(3)
+        for weight, unread in ((query, slice(half, None)), (value, slice(half))):
+            weight[:, unread] = 0.0
+            weight.mul_(math.sqrt(2))
         key.copy_(query)
+        self.out.weight[:half] = 0.0
 
 
 class TransformerLayer(nn.Module):
@@ -67,9 +74,8 @@ def transformer_layers(width: int, depth: int, num_heads: int, mlp_ratio: float)
     with torch.no_grad():
         for layer in layers:
             assert isinstance(layer, TransformerLayer)
-            layer.attention.tie_keys_to_queries()
-            for weight in (layer.attention.out.weight, layer.mlp.get_parameter("2.weight")):
-                weight.mul_((2 * depth) ** -0.5)
+            layer.attention.start_by_place()
+            layer.mlp.get_parameter("2.weight").mul_(0.25 * depth**-0.5)
     return layers
 
 
@@ -81,22 +87,24 @@ def init_weights(module: nn.Module) -> None:
             nn.init.zeros_(module.bias)
 
 
-def learned_tokens(count: int, width: int) -> nn.Parameter:
-    """`count` learned vectors, small beside the positions that are added to them."""
-    return nn.Parameter(torch.randn(count, width) * 0.1)
+def learned_tokens(count: int, width: int, std: float = 0.1) -> nn.Parameter:
+    """`count` learned vectors, by default small beside the positions that are added to them."""
+    return nn.Parameter(torch.randn(count, width) * std)
 
 
 def learned_positions(side: int, num_latents: int, width: int) -> tuple[nn.Parameter, nn.Parameter]:
     """Position tables of `side` x `side` patches and of `num_latents` latent tokens spread over the same square.
 
-    Two positions start the more alike the nearer their places are: random Fourier features of a Gaussian kernel.
+    Two positions start the more alike the nearer their places are (random Fourier features of a Gaussian kernel, in
+    the first half of the channels).
     """
     cells = (torch.arange(side) + 0.5) / side
     places = torch.arange(1, num_latents + 1)[:, None] / PLASTIC ** torch.arange(1, 3)
-    rates = torch.randn(2, width) / NEIGHBOURHOOD
-    phases = torch.rand(width) * 2 * math.pi
+    half = width // 2
+    rates = torch.randn(2, half) / NEIGHBOURHOOD
+    phases = torch.rand(half) * 2 * math.pi
     patches, latents = (
-        nn.Parameter(math.sqrt(2) * torch.cos(points @ rates + phases))
+        nn.Parameter(F.pad(math.sqrt(2) * torch.cos(points @ rates + phases), (0, width - half)))
         for points in (torch.cartesian_prod(cells, cells), (places + 0.5) % 1)
     )
     return patches, latents
