@@ -14,12 +14,12 @@ PRESETS: dict[str, dict[str, Any]] = {
         "image_size": 64,
         "patch_size": 8,
         "width": 128,
-        "depth": 4,
+        "depth": 2,
         "num_heads": 4,
         "codebook_size": 256,
         "codebook_dim": 64,
-        "decoder_channels": 16,
-        "decoder_multipliers": (1, 2, 4, 4),
+        "decoder_channels": 8,
+        "decoder_multipliers": (1, 2, 4, 8),
         "decoder_res_blocks": 1,
     },
     "small": {
@@ -55,16 +55,16 @@ class ARVAEConfig(Section):
     image_size: int = Field(64, ge=8, description="height and width of a frame in pixels")
     patch_size: int = Field(8, ge=2)
     width: int = Field(128, ge=8)
-    depth: int = Field(4, ge=1, description="transformer layers of the encoder, and as many of the decoder")
+    depth: int = Field(2, ge=1, description="transformer layers of the encoder, and as many of the decoder")
     num_heads: int = Field(4, ge=1)
     mlp_ratio: float = Field(4.0, gt=0)
     latent_channels: int = Field(4, ge=2, description="channels C of one latent token")
     tokens_per_frame: int = Field(32, ge=1, description="tokens L of one frame")
     codebook_size: int = Field(256, ge=2, description="entries of the soft codebook")
     codebook_dim: int = Field(64, ge=1, description="channels of one codebook entry")
-    decoder_channels: int = Field(16, ge=4, description="channels of the pixel decoder at full resolution")
+    decoder_channels: int = Field(8, ge=4, description="channels of the pixel decoder at full resolution")
     decoder_multipliers: tuple[int, ...] = Field(
-        (1, 2, 4, 4), min_length=1, description="of decoder_channels, full resolution first; one doubling between each"
+        (1, 2, 4, 8), min_length=1, description="of decoder_channels, full resolution first; one doubling between each"
     )
     decoder_res_blocks: int = Field(1, ge=1, description="residual blocks at each resolution of the pixel decoder")
     temporal: bool = Field(False, description="with the temporally auto-regressive decoder blocks (stage 2)")
