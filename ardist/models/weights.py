@@ -40,7 +40,13 @@ def weights_digest(path: Path) -> str:
 
 
 def write_state(path: Path, state: Mapping[str, Tensor]) -> str:
-    """Write tensors as safetensors, complete or not at all; returns the digest of the file."""
+    """Write tensors as safetensors, complete or not at all; returns the digest of the file.
+
+    Raises `CheckpointError` for values that are not finite; nothing is written then.
+    """
+    for name, tensor in state.items():
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise CheckpointError(f"{path.name} was not written: {name} holds values that are not finite")
     temporary = path.with_name(f".{path.name}.tmp-{secrets.token_hex(4)}")
     try:
         save_file({name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}, temporary)
@@ -53,7 +59,8 @@ def write_state(path: Path, state: Mapping[str, Tensor]) -> str:
 def read_state(directory: Path, name: str, config: Mapping[str, Any]) -> dict[str, Tensor]:
     """Tensors of one weights file of a bundle, after its digest matched the one in `config`."""
     path = directory / name
-    expected = config.get("digests", {}).get(name)
+    digests = config.get("digests")
+    expected = digests.get(name) if isinstance(digests, Mapping) else None
     if expected is None:
         raise CheckpointError(f"the bundle {str(directory)!r} has no {name}")
     found = weights_digest(path)
@@ -90,7 +97,8 @@ def read_config(directory: Path) -> dict[str, Any]:
         raise CheckpointError(f"{str(path)!r} does not describe a bundle: its format is not {FORMAT!r}")
     if config.get("version") != VERSION:
         raise CheckpointError(
-            f"the bundle {str(directory)!r} has version {config.get('version')!r}, this code reads version {VERSION}"
+            f"the bundle {str(directory)!r} has version {config.get('version')!r}, this code reads version {VERSION}: "
+            "use the release that wrote it, or export the run again"
         )
     return config
 
@@ -105,18 +113,20 @@ def save_ar_vae(directory: Path, model: ARVAE) -> str:
 
 def load_ar_vae(directory: Path | str, device: str | torch.device = "cpu") -> ARVAE:
     """The AR-VAE of a bundle, checked, in evaluation mode; raises `CheckpointError` with what is wrong."""
-    directory = Path(directory)
+    directory = Path(directory).expanduser()
     config = read_config(directory)
     if config.get("ar_vae") is None:
         raise CheckpointError(f"the bundle {str(directory)!r} holds no AR-VAE; export it with --ar-vae")
     try:
-        model = ARVAE(ARVAEConfig.model_validate(config["ar_vae"]))
+        with torch.device("meta"):  # nothing is drawn only to be overwritten
+            model = ARVAE(ARVAEConfig.model_validate(config["ar_vae"]))
     except ValidationError as error:
         raise CheckpointError(
             f"the AR-VAE of {str(directory)!r} has a configuration of another version: {error}"
         ) from None
-    load_into(model, read_state(directory, AR_VAE_FILE, config), str(directory / AR_VAE_FILE))
-    return model.to(device).eval()
+    state = read_state(directory, AR_VAE_FILE, config)
+    load_into(model.to_empty(device=device), state, str(directory / AR_VAE_FILE))
+    return model.eval()
 
 
 def load_into(model: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
