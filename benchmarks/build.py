@@ -163,7 +163,7 @@ def main() -> None:
             make_videos(videos, 2 * cores, max(160, words.clips * FRAMES // (2 * cores)))
         root, listed = list_sources(str(videos))
         paths = [Path(root.path(item.name)) for item in listed if item.refused is None]
-        facts = list(probe_all([(str(path), None) for path in paths], CAPS, cores, 60))
+        facts = list(probe_all([(str(path), None, path.stat().st_size) for path in paths], CAPS, cores, 60))
         items = [(path, found) for path, found in zip(paths, facts, strict=True) if isinstance(found, VideoFacts)]
         used = [(path, found.timeline().grid_length(None) // FRAMES * FRAMES) for path, found in items]
         scale = f"scale='if(gte(dar,1),round({words.size}*dar),{words.size})'"

@@ -142,7 +142,7 @@ def _freeze(storage: Storage, claim: Claim, labels: Labels | None, options: Buil
 
 def warn_of_other_tools(plan: Plan) -> None:
     """Say so when this machine's tools are not those that the plan was made with."""
-    for name, version in tool_versions().items():
+    for name, version in tool_versions(plan.parameters).items():
         if plan.tools.get(name) != version:
             events.count("build.other_tool", tool=name, planned=plan.tools.get(name), here=version)
 

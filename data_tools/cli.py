@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -16,21 +16,27 @@ from rich.text import Text
 from ardist import command_line
 from ardist.errors import ConfigError, DataError
 from ardist.log import console
-from ardist.storage import is_remote
+from ardist.storage import open_storage
 
 app = typer.Typer(
     name="python -m data_tools",
     no_args_is_help=True,
     add_completion=False,
-    rich_markup_mode="rich",
+    rich_markup_mode="markdown",
     pretty_exceptions_enable=False,
     help=(
         "Build, check and describe datasets of WebDataset shards from videos.\n\n"
-        "[bold]build[/] turns videos into shards and a manifest, exactly once: stop it anywhere, by any means, and the "
+        "**build** turns videos into shards and a manifest, exactly once: stop it anywhere, by any means, and the "
         "same command goes on and ends with the same dataset. Add --debug to any command for tracebacks.\n\n"
         "Exit codes: 0 done, 2 bad usage, 3 bad data, 4 bad hardware or environment."
     ),
 )
+
+CLIPS, LATENTS, LIMITS, HERE = "Clips", "Latents", "Limits", "How it runs here (changes no byte of the dataset)"
+
+
+def _option(text: str, panel: str | None = None, metavar: str | None = None, **settings: Any) -> Any:
+    return typer.Option(help=text, rich_help_panel=panel, metavar=metavar, **settings)
 
 
 @app.callback()
@@ -41,46 +47,50 @@ def _app() -> None:
 @app.command()
 def build(
     videos: Annotated[
-        str,
-        typer.Option(help="A folder (searched below), one video, a .txt list of paths, or an s3:// prefix."),
+        str, _option("A folder (searched below), one video, a .txt list of paths, or s3://bucket/prefix.", None, "PATH")
     ],
-    out: Annotated[str, typer.Option(help="Where the dataset goes: a folder or an s3:// prefix.")],
+    out: Annotated[str, _option("Where the dataset goes: a folder or s3://bucket/prefix.", None, "PATH")],
     encoder: Annotated[
-        str, typer.Option(help="[bold]pixels[/] stores frames; a bundle folder stores latents of its AR-VAE.")
+        str, _option("**pixels** stores frames; a bundle folder stores latents of its AR-VAE.", None, "BUNDLE")
     ] = "pixels",
-    num_frames: Annotated[int, typer.Option(help="Frames of a clip.", min=1)] = 16,
-    size: Annotated[int, typer.Option(help="Height and width; short side resized, centre cropped.", min=8)] = 256,
-    stride: Annotated[int, typer.Option(help="Frames from the start of a clip to the start of the next.", min=1)] = 16,
-    fps: Annotated[
-        str | None, typer.Option(help="Frames per second, such as 8 or 30000/1001. Without: native.")
-    ] = None,
-    max_clips_per_video: Annotated[int | None, typer.Option(help="Evenly spaced when there are more.", min=1)] = None,
+    num_frames: Annotated[int, _option("Frames of a clip.", CLIPS, "N", min=1)] = 16,
+    size: Annotated[int, _option("Height and width: short side resized, centre cropped.", CLIPS, "N", min=8)] = 256,
+    stride: Annotated[int, _option("Frames from the start of a clip to the next's.", CLIPS, "N", min=1)] = 16,
+    fps: Annotated[str | None, _option("Frames per second, as 8 or 30000/1001. Without: native.", CLIPS, "N")] = None,
+    max_clips_per_video: Annotated[int | None, _option("Evenly spaced ones, of more.", CLIPS, "N", min=1)] = None,
     portion: Annotated[
-        str, typer.Option(help="Part A:B of every video that clips lie in: 0:0.8 to train, 0.8:1 to hold out.")
+        str, _option("Part of each video that clips lie in: 0:0.8 to train, 0.8:1 to hold out.", CLIPS, "A:B")
     ] = "0:1",
-    samples_per_shard: Annotated[
-        int | None, typer.Option(help="Without: as many as make about 256 MiB.", min=1)
-    ] = None,
     labels: Annotated[
-        str | None,
-        typer.Option(help="CSV with a header, or JSONL: columns path and label and/or caption."),
+        str | None, _option("CSV with a header, or JSONL: columns path and label and/or caption.", CLIPS, "FILE")
     ] = None,
-    classes_from_folders: Annotated[bool, typer.Option(help="The folder a video lies in names its class.")] = False,
-    limit_videos: Annotated[int | None, typer.Option(help="Use only the first N good videos.", min=1)] = None,
-    limit_clips: Annotated[int | None, typer.Option(help="Use only the first N clips of the plan.", min=1)] = None,
-    max_pixels: Annotated[int, typer.Option(help="Refuse videos with larger frames.", min=64)] = 8192 * 4320,
-    max_seconds: Annotated[float, typer.Option(help="Refuse longer videos.", min=0.1)] = 24 * 3600.0,
+    classes_from_folders: Annotated[
+        bool, typer.Option("--classes-from-folders", help="A video's folder names its class.", rich_help_panel=CLIPS)
+    ] = False,
+    samples_per_shard: Annotated[int | None, _option("Without: what makes about 256 MiB.", CLIPS, "N", min=1)] = None,
+    precision: Annotated[str, _option("fp32 or bf16.", LATENTS, "NAME")] = "fp32",
+    device: Annotated[str, _option("auto, cpu, cuda or cuda:1.", LATENTS, "NAME")] = "auto",
+    batch_frames: Annotated[int, _option("Frames per forward of the AR-VAE.", LATENTS, "N", min=1)] = 128,
     max_bad: Annotated[
-        float, typer.Option(help="Exit with 3 when a larger fraction of videos or clips was refused.", min=0, max=1)
+        float, _option("Exit with 3 when a larger fraction of videos or clips was refused.", LIMITS, "F", min=0, max=1)
     ] = 1.0,
-    workers: Annotated[int, typer.Option(help="Processes that build shards side by side.", min=1)] = 1,
-    decoders: Annotated[int, typer.Option(help="Videos decoded at once per process; 0: one per core.", min=0)] = 0,
-    device: Annotated[str, typer.Option(help="Where the AR-VAE runs: auto, cpu, cuda, cuda:1.")] = "auto",
-    precision: Annotated[str, typer.Option(help="fp32 or bf16 for the AR-VAE.")] = "fp32",
-    batch_frames: Annotated[int, typer.Option(help="Frames per AR-VAE forward.", min=1)] = 128,
-    queue_mib: Annotated[int, typer.Option(help="Most memory for decoded clips that wait, per process.", min=1)] = 512,
-    video_timeout: Annotated[float, typer.Option(help="Seconds to wait for one video's frames.", min=1)] = 300.0,
-    log: Annotated[Path | None, typer.Option(help="JSONL log. Without: build-log.jsonl in a local --out.")] = None,
+    max_pixels: Annotated[int, _option("Refuse videos with larger frames.", LIMITS, "N", min=64)] = 8192 * 4320,
+    max_seconds: Annotated[float, _option("Refuse longer videos.", LIMITS, "S", min=0.1)] = 24 * 3600.0,
+    video_timeout: Annotated[float, _option("Give a decoder that hangs up after this.", LIMITS, "S", min=1)] = 300.0,
+    limit_videos: Annotated[int | None, _option("Only the first N good videos.", LIMITS, "N", min=1)] = None,
+    limit_clips: Annotated[int | None, _option("Only the first N clips of the plan.", LIMITS, "N", min=1)] = None,
+    workers: Annotated[int, _option("Processes that build shards side by side.", HERE, "N", min=1)] = 1,
+    decoders: Annotated[int, _option("Videos decoded at once per process; 0: one per core.", HERE, "N", min=0)] = 0,
+    queue_mib: Annotated[
+        int, _option("Most memory for decoded frames that wait, per process.", HERE, "N", min=1)
+    ] = 512,
+    worker: Annotated[
+        bool,
+        typer.Option(
+            "--worker", help="One of many tasks of a cluster job: lines instead of bars.", rich_help_panel=HERE
+        ),
+    ] = False,
+    log: Annotated[Path | None, _option("JSONL. Without: build-log.jsonl in a local --out.", HERE, "FILE")] = None,
 ) -> None:
     """Turn videos into WebDataset shards with an index and a manifest.
 
@@ -90,6 +100,9 @@ def build(
 
     The same videos and parameters give the same dataset. A finished dataset is found finished; other parameters
     need another --out.
+
+    The same command may run on any number of machines at once, as a Slurm array or under torchrun: builders lease
+    shards from one plan through --out, take over from those that die, and whoever sees the last commit finishes.
     """
     from data_tools.build import BuildOptions, make_parameters
     from data_tools.build import build as run_build
@@ -120,9 +133,8 @@ def build(
     threads = decoders or max(1, default_threads() // workers)
     shard = ShardSettings(threads, queue_mib * 2**20, replace(DecodeSettings(), timeout=video_timeout))
     options = BuildOptions(workers=workers, max_bad=max_bad, shard=shard)
-    if log is None and not is_remote(out):
-        log = Path(out).expanduser() / "build-log.jsonl"
-    with ConsoleProgress(console, log) as progress:
+    log = log or open_storage(out).local_path("build-log.jsonl")
+    with ConsoleProgress(console, log, bars=not worker) as progress:
         run_build(videos, out, choice, parameters, labels=known, options=options, progress=progress)
 
 

@@ -19,6 +19,9 @@ from data_tools.reasons import Reason, Refusal
 STRETCH_BYTES, STRETCH_FRAMES = 128 * 2**20, 2048
 """A seekable video is decoded in stretches of at most this much; part of how a shard is defined, not a tuning knob."""
 
+SECONDS_PER_FRAME = 0.1
+"""Slower than this, a frame counts as a hang; added to the timeout for every frame that must be decoded."""
+
 _WHOLE = frozenset(Reason) - {Reason.DAMAGED}
 """Refusals that halving cannot narrow down, or that cost too much to be met more than once."""
 
@@ -89,7 +92,9 @@ def _frames(path: str, version: str | None, request: DecodeRequest, settings: De
     """All frames of a request; raises `Refusal` unless every one came and the process ended well."""
     frames = _room((request.count, request.size, request.size, 3), settings)
     command = functools.partial(command_line, request)
-    with FrameStream(path, version, command, timeout=settings.timeout, memory=settings.memory) as stream:
+    # A hanging decoder is given up soon, an honest one with a long way to go is not.
+    patience = settings.timeout + SECONDS_PER_FRAME * request.decoded_frames
+    with FrameStream(path, version, command, timeout=patience, memory=settings.memory) as stream:
         got = stream.read_into(frames)
         complaint = stream.finish()
     if complaint:

@@ -32,6 +32,17 @@ class DecodeRequest:
         return Fraction(self.facts.start) + self.first / self.fps
 
     @property
+    def seek(self) -> Fraction | None:
+        """Where decoding starts; None for the beginning. The frame at the seek itself is never needed."""
+        return self.facts.seek_before(self.begin - 1 / Fraction(self.facts.rate))
+
+    @property
+    def decoded_frames(self) -> float:
+        """About how many frames are decoded for this request, those passed over included."""
+        from_time = self.seek if self.seek is not None else Fraction(self.facts.start)
+        return float((self.end - from_time) * Fraction(self.facts.rate))
+
+    @property
     def end(self) -> Fraction:
         """Packets from this decoding time on are not needed: the frame after the last wanted one lies before it."""
         return self.begin + self.count / self.fps + Fraction(self.facts.max_gap) + 1 / Fraction(self.facts.rate)
@@ -54,9 +65,8 @@ def command_line(request: DecodeRequest, descriptor: int) -> list[str]:
         "reinit_filter": 0,
     }
     if not facts.by_index:
-        # ffmpeg counts both from the container's start; the frame at the seek itself is never needed.
-        zero = Fraction(facts.container_start)
-        seek = facts.seek_before(request.begin - 1 / Fraction(facts.rate))
+        # ffmpeg counts both from the container's start.
+        zero, seek = Fraction(facts.container_start), request.seek
         if seek is not None:
             options["ss"] = _seconds(seek - zero)
         options["t"] = _seconds(request.end - (zero if seek is None else seek))

@@ -85,9 +85,12 @@ def _tool_versions() -> tuple[tuple[str, str], ...]:
     return tuple(versions.items())
 
 
-def tool_versions() -> dict[str, str]:
-    """Programs and libraries that decide pixels and latents."""
-    return dict(_tool_versions())
+def tool_versions(parameters: BuildParameters) -> dict[str, str]:
+    """Programs and libraries that decide what is stored: torch only where there are latents."""
+    versions = dict(_tool_versions())
+    if parameters.encoder.kind == "pixels":
+        del versions["torch"]
+    return versions
 
 
 @dataclass
@@ -114,12 +117,15 @@ class Freezer:
         if standing is not None or sources is None:
             return standing or self.plan()
         created = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-        head = {"created": created, "root": root.address}
-        draft = make_plan(sources, self.claim.parameters, tools=tool_versions(), **head)
+        parameters = self.claim.parameters
+        tools = tool_versions(parameters)
+        draft = make_plan(sources, parameters, tools=tools, created=created, root=root.address)
         fault.point("build.before_sources")
         # Another builder may have been faster: the plan is made of the sources that stand.
         lines = self._create_once(layout.SOURCES, source_lines(draft.sources))
-        plan = make_plan(parse_sources(lines), self.claim.parameters, tools=tool_versions(), **head)
+        plan = make_plan(
+            parse_sources(lines), self.claim.parameters, tools=tool_versions(self.claim.parameters), **head
+        )
         fault.point("build.before_plan")
         self._create_once(layout.PLAN, plan.dump(lines))
         fault.point("build.after_plan")
@@ -179,7 +185,7 @@ class Freezer:
         if root.remote:
             self._probe_remote(root, chunk, todo, sources, caps)
             return sources
-        requests = [(root.path(chunk[number].name), chunk[number].version) for number in todo]
+        requests = [(root.path(chunk[number].name), chunk[number].version, chunk[number].size) for number in todo]
         for position, answer in enumerate(probe_all(requests, caps, min(self.workers, len(todo) or 1), self.timeout)):
             sources[todo[position]] = _answered(sources[todo[position]], answer)
             self.on_probed(done + position + 1, total)
@@ -204,7 +210,8 @@ class Freezer:
                 numbers = todo[low : low + step]
                 fetched = list(pool.map(fetch, numbers))
                 ready = [(n, path) for n, (_, path, _) in zip(numbers, fetched, strict=True) if path is not None]
-                answers = probe_all([(path, None) for _, path in ready], caps, self.workers, self.timeout)
+                requests = [(path, None, chunk[number].size) for number, path in ready]
+                answers = probe_all(requests, caps, self.workers, self.timeout)
                 for (number, _), answer in zip(ready, answers, strict=True):
                     sources[number] = _answered(sources[number], answer)
                 for number, (stack, _, refused) in zip(numbers, fetched, strict=True):

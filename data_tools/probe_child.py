@@ -34,17 +34,18 @@ def main() -> None:
     import av
 
     av.logging.set_level(av.logging.PANIC)
-    memory, cpu_seconds, parent = map(int, sys.argv[1:4])
+    memory, parent = map(int, sys.argv[1:3])
     die_with_parent(parent)
     requests, answers = os.fdopen(os.dup(0), "r"), os.fdopen(os.dup(1), "w")
     # Nothing but an answer may reach the parent: whatever a library prints goes to the error stream.
     os.dup2(2, 1)
     limit_self(Limits(memory=memory, cpu_seconds=resource.RLIM_INFINITY))
     for line in requests:
+        request = json.loads(line)
         used = resource.getrusage(resource.RUSAGE_SELF)
-        budget = int(used.ru_utime + used.ru_stime) + 1 + cpu_seconds
+        budget = int(used.ru_utime + used.ru_stime) + 1 + request["cpu_seconds"]
         resource.setrlimit(resource.RLIMIT_CPU, (budget, resource.RLIM_INFINITY))
-        answers.write(json.dumps(answer(json.loads(line))) + "\n")
+        answers.write(json.dumps(answer(request)) + "\n")
         answers.flush()
 
 

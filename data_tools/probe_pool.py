@@ -20,6 +20,9 @@ from data_tools.reasons import Reason, Refusal
 from data_tools.sandbox import kill_group
 
 MAX_ANSWER = 4 * 2**20
+SLOWEST_BYTES_PER_SECOND = 20e6
+"""A file is given its size over this in addition to the timeout: all of it is read."""
+
 REQUESTS_PER_CHILD = 1000
 """A child is replaced after this many videos, so that a leak in a demuxer stays small."""
 
@@ -27,25 +30,26 @@ REQUESTS_PER_CHILD = 1000
 class ProbeChild:
     """One child process; `probe` never waits longer than its time limit."""
 
-    def __init__(self, *, timeout: float = 60.0, cpu_seconds: int = 60, memory: int = 2 * 2**30) -> None:
-        self._timeout, self._cpu_seconds, self._memory = timeout, cpu_seconds, memory
+    def __init__(self, *, timeout: float = 60.0, memory: int = 2 * 2**30) -> None:
+        self._timeout, self._memory = timeout, memory
         self._process: subprocess.Popen[bytes] | None = None
         self._served = 0
 
-    def probe(self, path: str, version: str | None, caps: ProbeCaps) -> VideoFacts:
-        """Facts about one video; raises `Refusal`, also for a video that kills the child."""
+    def probe(self, path: str, version: str | None, caps: ProbeCaps, size: int = 0) -> VideoFacts:
+        """Facts about one video of `size` bytes; raises `Refusal`, also for a video that kills the child."""
+        patience = self._timeout + size / SLOWEST_BYTES_PER_SECOND
         if self._served >= REQUESTS_PER_CHILD:
             self.close()
         process = self._process or self._start()
         self._served += 1
-        request = {"path": path, "version": version, "caps": asdict(caps)}
+        request = {"path": path, "version": version, "caps": asdict(caps), "cpu_seconds": max(1, int(patience))}
         assert process.stdin is not None
         try:
             process.stdin.write(json.dumps(request).encode() + b"\n")
             process.stdin.flush()
-            fields = json.loads(self._answer(process))
+            fields = json.loads(self._answer(process, patience))
         except (OSError, EOFError, ValueError) as error:
-            raise self._post_mortem(process, error) from None
+            raise self._post_mortem(process, error, patience) from None
         if "facts" in fields:
             return VideoFacts.from_json(fields["facts"])
         raise Refusal(Reason(fields["reason"]), fields["detail"])
@@ -57,8 +61,7 @@ class ProbeChild:
         self._process, self._served = None, 0
 
     def _start(self) -> subprocess.Popen[bytes]:
-        numbers = map(str, (self._memory, self._cpu_seconds, os.getpid()))
-        command = [sys.executable, "-m", "data_tools.probe_child", *numbers]
+        command = [sys.executable, "-m", "data_tools.probe_child", str(self._memory), str(os.getpid())]
         self._process = subprocess.Popen(
             command,
             stdin=subprocess.PIPE,
@@ -68,9 +71,9 @@ class ProbeChild:
         )
         return self._process
 
-    def _answer(self, process: subprocess.Popen[bytes]) -> bytes:
+    def _answer(self, process: subprocess.Popen[bytes], patience: float) -> bytes:
         assert process.stdout is not None
-        deadline = time.monotonic() + self._timeout
+        deadline = time.monotonic() + patience
         received = bytearray()
         with selectors.DefaultSelector() as selector:
             selector.register(process.stdout, selectors.EVENT_READ)
@@ -85,11 +88,11 @@ class ProbeChild:
                     raise ValueError("flood")
         return bytes(received)
 
-    def _post_mortem(self, process: subprocess.Popen[bytes], error: Exception) -> Refusal:
+    def _post_mortem(self, process: subprocess.Popen[bytes], error: Exception, patience: float) -> Refusal:
         if isinstance(error, TimeoutError):
             self.close()
             events.count("build.child_killed", stage="probe", reason="timeout")
-            return Refusal(Reason.TIMEOUT, f"probing took longer than {self._timeout:g} s")
+            return Refusal(Reason.TIMEOUT, f"probing took longer than {patience:.0f} s")
         try:
             status = process.wait(1.0)
         except subprocess.TimeoutExpired:
@@ -97,7 +100,7 @@ class ProbeChild:
         self.close()
         events.count("build.child_died", stage="probe", status=status)
         if status is not None and -status == signal.SIGXCPU:
-            return Refusal(Reason.TIMEOUT, f"probing used more than {self._cpu_seconds} s of processor time")
+            return Refusal(Reason.TIMEOUT, f"probing used more than {patience:.0f} s of processor time")
         return Refusal(Reason.CRASHED, f"the probe died ({_status(status)})")
 
 
@@ -110,18 +113,19 @@ def _status(status: int | None) -> str:
 
 
 def probe_all(
-    requests: Iterable[tuple[str, str | None]], caps: ProbeCaps, workers: int, timeout: float
+    requests: Iterable[tuple[str, str | None, int]], caps: ProbeCaps, workers: int, timeout: float
 ) -> Iterator[VideoFacts | Refusal]:
-    """Probe (path, version) pairs with `workers` children, in order."""
+    """Probe (path, version, bytes) triples with `workers` children, in order."""
     children: queue.SimpleQueue[ProbeChild] = queue.SimpleQueue()
-    all_children = [ProbeChild(timeout=timeout, cpu_seconds=max(1, int(timeout))) for _ in range(workers)]
+    all_children = [ProbeChild(timeout=timeout) for _ in range(workers)]
     for child in all_children:
         children.put(child)
 
-    def one(request: tuple[str, str | None]) -> VideoFacts | Refusal:
+    def one(request: tuple[str, str | None, int]) -> VideoFacts | Refusal:
         child = children.get()
+        path, version, size = request
         try:
-            return child.probe(*request, caps)
+            return child.probe(path, version, caps, size)
         except Refusal as refusal:
             return refusal
         finally:

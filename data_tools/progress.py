@@ -54,8 +54,9 @@ class SilentProgress:
 class ConsoleProgress:
     """Bars (or, where there is no terminal, a line now and then), a JSONL log and the final table."""
 
-    def __init__(self, console: Console, log: Path | None = None, every: float = 10.0) -> None:
+    def __init__(self, console: Console, log: Path | None = None, every: float = 10.0, bars: bool = True) -> None:
         self._console, self._every = console, every
+        self._has_bars = bars and console.is_terminal
         self._bars = Bars(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -63,7 +64,7 @@ class ConsoleProgress:
             TimeRemainingColumn(),
             TextColumn("{task.fields[note]}"),
             console=console,
-            disable=not console.is_terminal,
+            disable=not self._has_bars,
         )
         self._tasks: dict[str, Any] = {}
         self._lock = threading.Lock()
@@ -116,7 +117,7 @@ class ConsoleProgress:
             if now - self._spoke >= self._every:
                 self._spoke = now
                 self._write("progress", clips=clips, refused=refused, frames=frames, seconds=round(seconds, 3))
-                if not self._console.is_terminal:
+                if not self._has_bars:
                     _log.info("%d of %d clips · %s", clips + refused, self._total_clips, note)
 
     def committed(self, shard: int, counts: Counts) -> None:

@@ -134,7 +134,7 @@ def originals(tmp_path_factory: pytest.TempPathFactory) -> list[bytes]:
 @pytest.fixture(scope="module")
 def child() -> ProbeChild:
     """One probe child for all cases: it must survive, or be replaced."""
-    return ProbeChild(timeout=10.0, cpu_seconds=10)
+    return ProbeChild(timeout=10.0)
 
 
 def _mutilate(data: bytes, cut: float, flips: list[tuple[float, int]]) -> bytes:

@@ -207,7 +207,7 @@ def test_the_probe_is_replaced_when_it_dies_or_hangs(tmp_path: Path, monkeypatch
 
 def test_probing_many_keeps_their_order(tmp_path: Path) -> None:
     paths = [make_video(tmp_path / f"{n}.mp4", frames=n + 2) for n in range(4)]
-    requests = [(str(path), local_version(path.stat())) for path in paths] + [(str(tmp_path / "none"), None)]
+    requests = [(str(path), local_version(path.stat()), 0) for path in paths] + [(str(tmp_path / "none"), None, 0)]
     answers = list(probe_all(requests, CAPS, 2, 30))
     assert [answer.count for answer in answers[:4] if isinstance(answer, VideoFacts)] == [2, 3, 4, 5]
     assert isinstance(answers[4], Refusal)
