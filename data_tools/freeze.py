@@ -123,9 +123,7 @@ class Freezer:
         fault.point("build.before_sources")
         # Another builder may have been faster: the plan is made of the sources that stand.
         lines = self._create_once(layout.SOURCES, source_lines(draft.sources))
-        plan = make_plan(
-            parse_sources(lines), self.claim.parameters, tools=tool_versions(self.claim.parameters), **head
-        )
+        plan = make_plan(parse_sources(lines), parameters, tools=tools, created=created, root=root.address)
         fault.point("build.before_plan")
         self._create_once(layout.PLAN, plan.dump(lines))
         fault.point("build.after_plan")
