@@ -99,32 +99,44 @@ def export(
 def sample(
     bundle: Annotated[Path, typer.Option(help="A bundle made by ardist export, with an AR-VAE inside.")],
     out: Annotated[Path, typer.Option(help="The mp4 to write; with several videos -0, -1, … is added to the name.")],
-    frames: Annotated[int, typer.Option(help="Length in frames; may exceed the training length.", min=1)] = 16,
+    frames: Annotated[
+        int | None, typer.Option(help="Length in frames, any. Without it: the training length.", min=1)
+    ] = None,
     difference: Annotated[
-        int,
-        typer.Option(
-            help="AD timestep difference s between frames in sampler steps: 0 synchronous … steps: one by one."
-        ),
-    ] = 5,
-    steps: Annotated[int, typer.Option(help="Sampler steps S per frame; must divide the training timesteps.")] = 50,
+        int | None,
+        typer.Option(help="AD timestep difference s in sampler steps: 0 all frames together, STEPS one by one.", min=0),
+    ] = None,
+    steps: Annotated[
+        int | None, typer.Option(help="Sampler steps S per frame; must divide the training timesteps.", min=1)
+    ] = None,
     window: Annotated[
-        int | None, typer.Option(help="Frames a frame sees, itself included. Without it: the training length.")
+        int | None, typer.Option(help="Frames a frame sees, itself included. Without it: the training length.", min=1)
+    ] = None,
+    window_kind: Annotated[
+        str | None, typer.Option(help="rolling (cached, exact) or recompute. Without it: what the mask allows.")
     ] = None,
     prefix: Annotated[
         Path | None, typer.Option(help="A video to continue, or an image to start from.", exists=True)
     ] = None,
-    class_id: Annotated[int | None, typer.Option(help="Class of a class-conditional model.")] = None,
-    guidance_scale: Annotated[float, typer.Option(help="Classifier-free guidance; 1 is off.")] = 1.0,
-    seed: Annotated[int, typer.Option(help="Same seed, same video.")] = 0,
+    prefix_frames: Annotated[
+        int | None, typer.Option(help="How many frames at the end of a prefix video are taken.", min=1)
+    ] = None,
+    class_id: Annotated[int | None, typer.Option(help="Class of a class-conditional model.", min=0)] = None,
+    guidance_scale: Annotated[float | None, typer.Option(help="Classifier-free guidance; 1 is off.", min=0)] = None,
+    seed: Annotated[int, typer.Option(help="Same seed, same video.", min=0)] = 0,
     num_videos: Annotated[int, typer.Option(help="How many videos.", min=1)] = 1,
-    fps: Annotated[float, typer.Option(help="Frames per second of the mp4.")] = 8.0,
+    fps: Annotated[float | None, typer.Option(help="Frames per second of the mp4.")] = None,
     stream: Annotated[
         bool, typer.Option("--stream", help="Decode and write each frame as soon as it is final.")
     ] = False,
     raw: Annotated[bool, typer.Option("--raw", help="Use the raw weights, not the averaged ones.")] = False,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 … Without it: a GPU if there is one.")] = None,
+    compile: Annotated[bool, typer.Option("--compile", help="Compile the denoiser; pays off for many videos.")] = False,
 ) -> None:
-    """Generate video with the AD sampler and its exact key-value cache."""
+    """Generate video with the AD sampler and its exact key-value cache.
+
+    What is not given is what the bundle says in its sampler.json.
+    """
     from ardist.inference.sample import sample_to_file
 
     paths = sample_to_file(
@@ -134,7 +146,9 @@ def sample(
         difference=difference,
         num_inference_steps=steps,
         window=window,
+        window_kind=window_kind,
         prefix=prefix,
+        prefix_frames=prefix_frames,
         class_id=class_id,
         guidance_scale=guidance_scale,
         seed=seed,
@@ -143,6 +157,7 @@ def sample(
         stream=stream,
         weights="raw" if raw else "ema",
         device=device,
+        compile=compile,
     )
     for path in paths:
         console.print(f"wrote {path}")
@@ -168,10 +183,13 @@ def evaluate(
 
 @app.command()
 def schedule(
-    frames: Annotated[int, typer.Option(help="Frames F of the video.", min=1)] = 16,
-    steps: Annotated[int, typer.Option(help="Sampler steps S per frame.")] = 50,
-    difference: Annotated[int, typer.Option(help="AD timestep difference s in sampler steps, 0 … S.")] = 5,
-    window: Annotated[int | None, typer.Option(help="Window W in frames. Without it: all frames.")] = None,
+    frames: Annotated[int, typer.Option(help="Frames F of the video, given ones included.", min=1)] = 16,
+    steps: Annotated[int, typer.Option(help="Sampler steps S per frame; must divide TIMESTEPS.", min=1)] = 50,
+    difference: Annotated[int, typer.Option(help="AD timestep difference s in sampler steps, 0 … S.", min=0)] = 5,
+    window: Annotated[int | None, typer.Option(help="Window W in frames. Without it: all frames.", min=1)] = None,
+    window_kind: Annotated[str, typer.Option(help="rolling (cached) or recompute (the authors').")] = "rolling",
+    prefix_frames: Annotated[int, typer.Option(help="Frames that are given and count as final.", min=0)] = 0,
+    timesteps: Annotated[int, typer.Option(help="Training timesteps T.", min=2)] = 1000,
     training: Annotated[
         bool, typer.Option("--training", help="Draw the laws of the training timesteps instead.")
     ] = False,
@@ -182,9 +200,9 @@ def schedule(
     from ardist.report import schedules
 
     if training:
-        schedules.draw_timestep_laws(out, num_frames=frames)
+        schedules.draw_timestep_laws(out, num_frames=frames, num_timesteps=timesteps)
     else:
-        plan = ADSchedule(frames, steps, difference, window)
+        plan = ADSchedule(frames, steps, difference, window, window_kind, timesteps, prefix_frames)
         console.print(schedules.schedule_table(plan))
         schedules.draw_ad_schedule(plan, out)
     console.print(f"drew {out}")

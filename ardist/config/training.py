@@ -24,12 +24,17 @@ class DiffusionConfig(Section):
     target: Literal["x0", "eps", "v"] = "x0"
     law: Law | dict[Law, float] = Field("fopp", description="a timestep law, or weights of a mixture of laws")
     min_snr_gamma: float | None = Field(None, gt=0, description="min-SNR weighting; null: plain MSE")
+    frame_weights: tuple[float, ...] | None = Field(None, description="weight of each frame's loss, first to last")
     condition_dropout: Fraction = 0.1
 
     @model_validator(mode="after")
     def _weights(self) -> DiffusionConfig:
-        if isinstance(self.law, dict) and (not self.law or min(self.law.values()) < 0 or sum(self.law.values()) <= 0):
-            raise ValueError("the weights of a mixture of laws must not be negative and need a positive sum")
+        for name, weights in (("a mixture of laws", self.law), ("frames", self.frame_weights)):
+            values = list(weights.values()) if isinstance(weights, dict) else weights
+            if isinstance(values, str) or values is None:
+                continue
+            if not all(math.isfinite(value) and value >= 0 for value in values) or not sum(values) > 0:
+                raise ValueError(f"the weights of {name} must be finite, not negative, and need a positive sum")
         return self
 
 

@@ -82,7 +82,7 @@ class ADSchedule:
 
     @property
     def num_rows(self) -> int:
-        """N, the network calls of one run (twice as many where classifier-free guidance is on)."""
+        """N, the network calls of one run (each of twice the batch where classifier-free guidance is on)."""
         return self.num_steps + (self.num_generated_frames - 1) * self.difference
 
     @property

@@ -82,7 +82,7 @@ class Bundle:
             )
         return load_ar_vae(self.directory, device=str(self.device))
 
-    def sampler(self, *, window: int | None = None, compile: bool = False) -> ADSampler:
+    def sampler(self, *, window: int | None = None, window_kind: str | None = None, compile: bool = False) -> ADSampler:
         """A sampler with this bundle's noise schedule; `window` replaces the default one."""
         limit = self.sampler_defaults.window or self.sampler_defaults.num_frames
         if self.denoiser.config.window is not None:
@@ -91,7 +91,8 @@ class Bundle:
             self.denoiser,
             NoiseSchedule.create(self.diffusion.schedule, self.diffusion.num_timesteps),
             target=self.diffusion.target,
-            window=window or limit,
+            window=limit if window is None else window,
+            window_kind=window_kind,
             compile=compile,
         )
 

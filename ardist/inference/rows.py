@@ -143,7 +143,8 @@ def cached_rows(run: Run, window: int | None) -> Iterator[list[FinalFrame]]:
         x0 = caller.x0(latents, steps_done, start, num_final)
         latents = run.denoise(latents[:, num_final:], x0[:, num_final:], steps_done[num_final:])
         start = active_start
-        yield [FinalFrame(index, latents[:, index - start]) for index in run.finished(row)]
+        # Copies: what a consumer does to a frame must not reach the rows still to come.
+        yield [FinalFrame(index, latents[:, index - start].clone()) for index in run.finished(row)]
 
 
 class _CachedCalls:

@@ -31,6 +31,7 @@ def sample_to_file(
     difference: int | None = None,
     num_inference_steps: int | None = None,
     window: int | None = None,
+    window_kind: str | None = None,
     prefix: Path | None = None,
     prefix_frames: int | None = None,
     class_id: int | None = None,
@@ -54,6 +55,7 @@ def sample_to_file(
         prefix: a video whose last frames, or an image which, the video starts with.
         prefix_frames: how many frames of a prefix video are taken; None: as many as there are, but at most half of the
             video and half of the window.
+        window, window_kind: as of `ADSampler`.
         stream: decode and write each frame as soon as it is final, so that memory does not grow with the video.
         weights: ``ema`` or ``raw``.
         device: None is a GPU if there is one; on a GPU the denoiser runs in bf16.
@@ -70,8 +72,10 @@ def sample_to_file(
     defaults = opened.sampler_defaults
     if class_id is not None and opened.denoiser.config.num_classes is None:
         raise InvalidValueError(f"class_id={class_id} is illegal: the bundle has no classes; legal: none")
-    sampler = opened.sampler(window=window, compile=compile)
-    frames = num_frames or defaults.num_frames
+    sampler = opened.sampler(window=window, window_kind=window_kind, compile=compile)
+    frames = defaults.num_frames if num_frames is None else num_frames
+    rate = defaults.fps if fps is None else fps
+    steps = defaults.num_inference_steps if num_inference_steps is None else num_inference_steps
     given = None if prefix is None else _encode_prefix(opened, sampler, prefix, frames, prefix_frames)
     scale = defaults.guidance_scale if guidance_scale is None else guidance_scale
     paths = [out] if num_videos == 1 else [out.with_stem(f"{out.stem}-{number}") for number in range(num_videos)]
@@ -84,7 +88,7 @@ def sample_to_file(
                 frames,
                 None if given is None else given.expand(count, -1, -1, -1),
                 bar,
-                num_inference_steps=num_inference_steps or defaults.num_inference_steps,
+                num_inference_steps=steps,
                 difference=defaults.difference if difference is None else difference,
                 guidance_scale=scale,
                 batch_size=count,
@@ -94,7 +98,7 @@ def sample_to_file(
             )
             if not stream:
                 latents = iter([torch.cat(list(latents), dim=1)])
-            _write(opened, latents, [paths[number] for number in chosen], fps or defaults.fps)
+            _write(opened, latents, [paths[number] for number in chosen], rate)
     return paths
 
 
@@ -136,7 +140,7 @@ def _encode_prefix(
     if prefix_frames is not None and not 0 < prefix_frames < num_frames:
         raise InvalidValueError(f"prefix_frames={prefix_frames} is illegal; legal: 1 to {num_frames - 1}")
     size = bundle.ar_vae.config.image_size
-    frames = torch.from_numpy(read_frames(path, size, prefix_frames or limit, last=True))
+    frames = torch.from_numpy(read_frames(path, size, limit if prefix_frames is None else prefix_frames, last=True))
     pixels = frames.permute(0, 3, 1, 2)[None].to(bundle.device).float() / 255
     latents: Tensor = bundle.ar_vae.encode(pixels)
     return latents

@@ -15,10 +15,10 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from ardist.diffusion.ad import ADSchedule
+from ardist.diffusion.ad import WINDOW_KINDS, ADSchedule
 from ardist.diffusion.counter_rng import Purpose, normal
-from ardist.diffusion.noise import NoiseSchedule
-from ardist.errors import InvalidValueError
+from ardist.diffusion.noise import TARGETS, NoiseSchedule
+from ardist.errors import InvalidValueError, choose
 from ardist.inference.conditions import Conditions
 from ardist.inference.rows import FinalFrame, Levels, Run, cached_rows, recomputed_rows
 from ardist.models.denoiser import Denoiser
@@ -68,6 +68,10 @@ class ADSampler:
         config = denoiser.config
         if window_kind is None:
             window_kind = "rolling" if config.mask == "strict" else "recompute"
+        choose("window_kind", window_kind, WINDOW_KINDS)
+        choose("target", target, TARGETS)
+        if window is not None and window < 1:
+            raise InvalidValueError(f"window={window} is illegal; legal: at least 1, or None for all frames")
         if window_kind == "rolling" and config.mask != "strict":
             raise InvalidValueError(
                 f"window_kind='rolling' is illegal with mask {config.mask!r}, which cannot be cached; "

@@ -45,7 +45,7 @@ def schedule_table(schedule: ADSchedule) -> Table:
     table.add_column("note", style="dim")
     if schedule.num_prefix_frames:
         table.add_row("given frames", f"{schedule.num_prefix_frames:,}", "count as final from the start")
-    table.add_row("rows", f"{rows:,}", "network calls; twice as many with guidance")
+    table.add_row("rows", f"{rows:,}", "network calls; with guidance each is of twice the batch")
     table.add_row("active frames per row", f"{schedule.max_active_frames:,}", "at most")
     table.add_row("frame evaluations", f"{evaluations:,}", f"{evaluations / useful:.2f}x the {useful:,} that denoise")
     if schedule.window_kind == "rolling":

@@ -23,6 +23,7 @@ from ardist.diffusion.losses import (
     condition_dropout,
     diffusion_loss,
     loss_by_frame,
+    loss_by_timestep,
     min_snr_weights,
     per_frame_mse,
 )
@@ -92,6 +93,9 @@ class DenoiserObjective:
         self.schedule = NoiseSchedule.create(self.diffusion.schedule, self.diffusion.num_timesteps).to(device)
         frames, tokens, _ = manifest.shape
         self._conditional = self.model_config.num_classes is not None or self.model_config.context_tokens > 0
+        weights = self.diffusion.frame_weights
+        self._frame_weights = None if weights is None else torch.tensor(weights, device=device)
+        self._num_buckets = min(TIMESTEP_BUCKETS, self.diffusion.num_timesteps)
         self.tokens_per_clip = frames * tokens
         self.flops_per_clip = float(denoiser_flops(self.model_config, frames).training)
 
@@ -121,8 +125,13 @@ class DenoiserObjective:
     def loss(self, forward: Forward, inputs: Inputs) -> tuple[Tensor, dict[str, Tensor]]:
         """Mean squared error per frame, weighted as configured."""
         frame_losses = _frame_losses(forward, inputs)
-        loss = diffusion_loss(frame_losses, timestep_weights=inputs.get("weights"))
-        return loss, {"loss_per_frame": loss_by_frame(frame_losses)}
+        weights = None if self._frame_weights is None else self._frame_weights[: frame_losses.shape[1]]
+        loss = diffusion_loss(frame_losses, timestep_weights=inputs.get("weights"), frame_weights=weights)
+        sums, counts = loss_by_timestep(
+            frame_losses, inputs["timesteps"], self.diffusion.num_timesteps, self._num_buckets
+        )
+        by_timestep = {"timestep_loss_sum": sums, "timestep_frames": counts}
+        return loss, {"loss_per_frame": loss_by_frame(frame_losses), **by_timestep}
 
     def evaluate(self, forward: Forward, clip: Batch) -> dict[str, list[float]]:
         """Loss of every frame at each of the fixed FoPP staircases, its timestep, and the loss of predicting zero."""

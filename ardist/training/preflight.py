@@ -114,6 +114,9 @@ def _shape_problems(config: TrainConfig, manifest: Manifest) -> Iterator[str]:
             )
         if model.positions == "sincos" and frames > model.max_frames:
             yield f"holds clips of {frames} frames; denoiser.max_frames is {model.max_frames}"
+        weights = config.diffusion.frame_weights
+        if weights is not None and frames > len(weights):
+            yield f"holds clips of {frames} frames; diffusion.frame_weights has {len(weights)} values"
         classes = len(manifest.classes or ())
         if model.num_classes is not None and classes > model.num_classes:
             yield f"has {classes} classes; denoiser.num_classes is {model.num_classes}"

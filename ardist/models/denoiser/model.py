@@ -100,7 +100,11 @@ class Denoiser(nn.Module):
         check_shapes(config, latents, timesteps, context, class_ids)
         frames = latents.shape[1]
         layout = AttentionLayout.training(
-            frames, config.tokens_per_frame, config.context_tokens, config.mask, window or config.window
+            frames,
+            config.tokens_per_frame,
+            config.context_tokens,
+            config.mask,
+            config.window if window is None else window,
         )
         tokens = self._embed(latents, 0)
         if self.context is not None:

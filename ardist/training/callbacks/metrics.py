@@ -44,7 +44,7 @@ class MetricsLog(Callback):
             "kind": "train",
             "step": trainer.step,
             "epoch": trainer.epoch,
-            **means,
+            **_by_timestep(means),
             "lr": learning_rate(trainer.config.optimizer, trainer.step - 1, trainer.total_steps),
             "grad_norm": _number(outcome),
             **trainer.throughput.rates(window.steps, seconds),
@@ -63,6 +63,16 @@ class MetricsLog(Callback):
 
 def _number(outcome: StepOutcome) -> float | None:
     return None if outcome.grad_norm is None else float(outcome.grad_norm)
+
+
+def _by_timestep(means: dict[str, Any]) -> dict[str, Any]:
+    """Mean loss in equal ranges of timesteps from the sums and numbers of frames; None where no frame fell."""
+    sums, frames = means.pop("timestep_loss_sum", None), means.pop("timestep_frames", None)
+    if sums is not None and frames is not None:
+        means["loss_per_timestep"] = [
+            total / count if count else None for total, count in zip(sums, frames, strict=True)
+        ]
+    return means
 
 
 def _memory(device: torch.device) -> float:

@@ -1,0 +1,80 @@
+"""``ardist sample`` and ``ardist schedule`` as commands: the options arrive, the bundle's defaults are used."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+from bundle_cases import make_ar_vae, make_bundle
+from PIL import Image
+
+from ardist import command_line
+from ardist.cli import app
+
+
+def ardist(*words: object) -> int:
+    return command_line.run(app, "ardist", [str(word) for word in words])
+
+
+def frames_of(path: Path) -> int:
+    with av.open(str(path)) as container:
+        return sum(1 for _ in container.decode(video=0))
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("bundle")
+    return make_bundle(root / "bundle", make_ar_vae(root / "ar-vae"), num_classes=3)
+
+
+def test_what_is_not_given_comes_from_the_bundle(bundle: Path, tmp_path: Path) -> None:
+    assert ardist("sample", "--bundle", bundle, "--out", tmp_path / "a.mp4") == 0
+    assert frames_of(tmp_path / "a.mp4") == 4  # sampler_defaults.num_frames; S = 5 divides T where 50 is not asked for
+
+
+def test_every_option_reaches_the_sampler(bundle: Path, tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    Image.fromarray(rng.integers(0, 256, (20, 24, 3), dtype=np.uint8)).save(tmp_path / "start.png")
+    words = ["--frames", 6, "--difference", 5, "--steps", 10, "--window", 3, "--window-kind", "rolling"]
+    words += ["--prefix", tmp_path / "start.png", "--class-id", 2, "--guidance-scale", 2, "--seed", 7, "--fps", 4]
+    out = tmp_path / "b.mp4"
+    assert ardist("sample", "--bundle", bundle, "--out", out, "--num-videos", 2, "--stream", *words) == 0
+    assert {path.name: frames_of(path) for path in tmp_path.glob("*.mp4")} == {"b-0.mp4": 6, "b-1.mp4": 6}
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "shown"),
+    [
+        (["--steps", 7], 2, "7"),
+        (["--steps", 0], 2, "--steps"),
+        (["--window", 0], 2, "--window"),
+        (["--window-kind", "round"], 2, "rolling, recompute"),
+        (["--difference", 6], 2, "6"),
+        (["--fps", 0], 2, "fps"),
+        (["--class-id", 9], 2, "9"),
+        (["--prefix", "absent.png"], 2, "absent.png"),
+    ],
+)
+def test_refusals(
+    bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], words: list[object], code: int, shown: str
+) -> None:
+    assert ardist("sample", "--bundle", bundle, "--out", tmp_path / "x.mp4", *words) == code
+    captured = capsys.readouterr().err
+    assert shown in captured
+    assert "Traceback" not in captured
+    assert not list(tmp_path.iterdir())
+
+
+def test_schedule_draws_and_refuses(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "schedule.png"
+    assert ardist("schedule", "--frames", 20, "--difference", 5, "--window", 16, "--out", out) == 0
+    assert Image.open(out).size[0] > 600
+    assert ardist("schedule", "--training", "--frames", 8, "--timesteps", 64, "--out", tmp_path / "laws.png") == 0
+    assert (tmp_path / "laws.png").exists()
+    capsys.readouterr()
+    line = ["schedule", "--frames", 40, "--difference", 2, "--window", 16, "--window-kind", "recompute"]
+    assert ardist(*line, "--out", tmp_path / "x.png") == 2
+    assert "4" in capsys.readouterr().err  # the smallest legal difference
+    assert not (tmp_path / "x.png").exists()
