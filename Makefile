@@ -31,8 +31,15 @@ lint: $(VENV)/.installed-dev  ## ruff, import contracts, shellcheck
 typecheck: $(VENV)/.installed-dev  ## mypy, strict
 	$(BIN)/mypy
 
-bench: $(VENV)/.installed-dev  ## every benchmark at its small size; docs/performance.md is the log
-	@for file in benchmarks/*.py; do echo "== $$file"; $(BIN)/python "$$file" || exit 1; done
+bench: $(VENV)/.installed-dev  ## the benchmarks at sizes for two CPU cores; docs/performance.md is their log
+	$(BIN)/python benchmarks/fopp.py
+	$(BIN)/python benchmarks/attention.py
+	$(BIN)/python benchmarks/sampler.py --steps 10
+	$(BIN)/python benchmarks/ar_vae.py
+	$(BIN)/python benchmarks/shuffle.py
+	$(BIN)/python benchmarks/loader.py
+	$(BIN)/python benchmarks/build.py
+	$(BIN)/python benchmarks/train_step.py
 
 format: $(VENV)/.installed-dev  ## let ruff rewrite the code in the project's format
 	$(BIN)/ruff check --fix -q . ; $(BIN)/ruff format .
