@@ -152,12 +152,15 @@ def verify(
 
     report = run_verify(dataset, quick=quick)
     for note in report.notes:
-        console.print(f"note: {note}", highlight=False, markup=False)
+        console.print(f"note: {note}", highlight=False, markup=False, soft_wrap=True)
     if report.problems:
         lines = "\n".join(f"  {problem}" for problem in report.problems)
         raise DataError(f"{report.url}: {len(report.problems)} problems\n{lines}")
     how = "quick look, shards not read" if quick else "every byte read"
-    console.print(f"{report.url}: {report.samples} samples in {report.shards} shards are as they were built ({how})")
+    console.print(
+        f"{report.url}: {report.samples} samples in {report.shards} shards are as they were built ({how})",
+        soft_wrap=True,
+    )
 
 
 @app.command()
@@ -206,10 +209,10 @@ def gc(
 
     garbage = collect(dataset, older_than=older_than * 3600, dry_run=dry_run)
     for name in garbage.names:
-        console.print(name, highlight=False, markup=False)
+        console.print(name, highlight=False, markup=False, soft_wrap=True)
     done = "would be removed" if dry_run else "removed"
     uploads = f", {garbage.uploads} unfinished uploads aborted" if garbage.uploads else ""
-    console.print(f"{len(garbage.names)} objects, {garbage.bytes / 2**20:.1f} MiB {done}{uploads}")
+    console.print(f"{len(garbage.names)} objects, {garbage.bytes / 2**20:.1f} MiB {done}{uploads}", soft_wrap=True)
 
 
 @app.command()
@@ -220,7 +223,7 @@ def export_wids(
     """Write the JSON shard list that readers of the wids format open."""
     from data_tools.wids import export_wids as run_export
 
-    console.print(run_export(dataset, out), highlight=False, markup=False)
+    console.print(run_export(dataset, out), highlight=False, markup=False, soft_wrap=True)
 
 
 def _portion(text: str) -> tuple[float, float]:

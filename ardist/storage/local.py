@@ -177,12 +177,15 @@ class LocalStorage(Storage):
 
     def _make_folder(self, folder: Path) -> None:
         """Create missing folders (0700); a link in place of one below the root is refused."""
-        self.root.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if not self.root.is_dir():
+            self.root.mkdir(mode=0o700, parents=True, exist_ok=True)
+            _sync_folder(self.root.parent)
         here = self.root
         for part in folder.relative_to(self.root).parts:
             here = here / part
             with contextlib.suppress(FileExistsError):
                 here.mkdir(mode=0o700)
+                _sync_folder(here.parent)
             if not stat.S_ISDIR(here.lstat().st_mode):
                 raise StorageError(f"{here} is not a plain folder (a link or a file); nothing was written")
 

@@ -46,7 +46,11 @@ class S3Storage(Storage):
         return None
 
     def stat(self, name: str) -> ObjectInfo:
-        head = self._call("stat", name, lambda client, where: client.head_object(**where))
+        head = self._call(
+            "stat",
+            name,
+            lambda client, where: _whole(client.head_object(**where), "ETag", "ContentLength", "LastModified"),
+        )
         return ObjectInfo(name, int(head["ContentLength"]), head["LastModified"].timestamp(), head["ETag"])
 
     def walk(self, prefix: str = "") -> Iterator[ObjectInfo]:
@@ -64,7 +68,7 @@ class S3Storage(Storage):
                 return
 
     def _page(self, prefix: str, arguments: dict[str, Any]) -> dict[str, Any]:
-        return self._run("list", prefix, lambda client: client.list_objects_v2(**arguments))
+        return self._run("list", prefix, lambda client: _whole(client.list_objects_v2(**arguments), "Name"))
 
     def read(self, name: str, start: int | None = None, length: int | None = None, version: str | None = None) -> bytes:
         first, wanted = check_range(start, length)
@@ -88,7 +92,11 @@ class S3Storage(Storage):
         else:
             body = data if isinstance(data, bytes) else data.read_bytes()
             digest = b64encode(hashlib.md5(body, usedforsecurity=False).digest()).decode()
-            self._call("put", name, lambda client, where: client.put_object(Body=body, ContentMD5=digest, **where))
+            self._call(
+                "put",
+                name,
+                lambda client, where: _whole(client.put_object(Body=body, ContentMD5=digest, **where), "ETag"),
+            )
         fault.point("storage.s3_after_put")
         if move and isinstance(data, Path):
             data.unlink()
@@ -99,7 +107,7 @@ class S3Storage(Storage):
 
         def request(client: Any, where: dict[str, str]) -> Any:
             tried[0] += 1
-            return client.put_object(Body=data, IfNoneMatch="*", **where)
+            return _whole(client.put_object(Body=data, IfNoneMatch="*", **where), "ETag")
 
         try:
             self._call("create", name, request)
@@ -137,7 +145,9 @@ class S3Storage(Storage):
 
     def _put_parts(self, name: str, data: bytes | Path, size: int) -> None:
         part_bytes = max(PART_BYTES, -(-size // 10_000))
-        begun = self._call("begin upload", name, lambda client, where: client.create_multipart_upload(**where))
+        begun = self._call(
+            "begin upload", name, lambda client, where: _whole(client.create_multipart_upload(**where), "UploadId")
+        )
         upload = begun["UploadId"]
 
         def put_part(number: int) -> dict[str, Any]:
@@ -147,7 +157,9 @@ class S3Storage(Storage):
             answer = self._call(
                 f"put part {number}",
                 name,
-                lambda client, where: client.upload_part(Body=body, PartNumber=number, UploadId=upload, **where),
+                lambda client, where: _whole(
+                    client.upload_part(Body=body, PartNumber=number, UploadId=upload, **where), "ETag"
+                ),
             )
             return {"ETag": answer["ETag"], "PartNumber": number}
 
@@ -164,8 +176,8 @@ class S3Storage(Storage):
             self._call(
                 "finish upload",
                 name,
-                lambda client, where: client.complete_multipart_upload(
-                    UploadId=upload, MultipartUpload={"Parts": parts}, **where
+                lambda client, where: _whole(
+                    client.complete_multipart_upload(UploadId=upload, MultipartUpload={"Parts": parts}, **where), "ETag"
                 ),
             )
         except MissingObjectError:
@@ -218,9 +230,7 @@ class _Download:
             arguments["Range"] = f"bytes={at}-{last}"
         if self._version is not None:
             arguments["IfMatch"] = self._version
-        answer = client.get_object(**arguments)
-        if "ETag" not in answer:
-            raise TransientError("the answer is no object of a store: it has no ETag")
+        answer = _whole(client.get_object(**arguments), "ETag", "ContentLength")
         # From here on all pieces must be of this version.
         self._version = self._version or answer["ETag"]
         body = answer["Body"]
@@ -248,6 +258,14 @@ class _Download:
                     raise TransientError(f"only {got} bytes in {seconds:.0f} s")
         except (BotoCoreError, HTTPError, OSError) as error:
             raise TransientError(f"the body broke after {got} bytes: {type(error).__name__}") from error
+
+
+def _whole(answer: dict[str, Any], *fields: str) -> dict[str, Any]:
+    """An answer that has what a store's answer has; a proxy's web page with status 200 has not."""
+    missing = [field for field in fields if field not in answer]
+    if missing:
+        raise TransientError(f"the answer is not one of a store: it has no {' and no '.join(missing)}")
+    return answer
 
 
 def _extent(answer: dict[str, Any], at: int, wanted: int | None, ranged: bool) -> tuple[int, int]:

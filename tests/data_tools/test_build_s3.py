@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from dt_builds import build_small
+from s3_servers import FaultProxy, S3Server
 
 from ardist.data.manifest import load_manifest
 from ardist.errors import ConfigError
@@ -90,6 +91,28 @@ def test_a_server_without_conditional_writes_is_refused(
     assert main(["build", "--videos", str(three_videos), "--out", f"{s3_url}/out", "--num-frames", "4"]) == 4
     assert "does not honour conditional writes" in capsys.readouterr().err
     assert not list(open_storage(f"{s3_url}/out").list())
+
+
+def test_through_a_bad_network(
+    three_videos: Path, s3_url: str, s3_server: S3Server, digest: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every fault of a network, one request in four: the same dataset, and every repeat counted."""
+    _upload(three_videos, f"{s3_url}/videos")
+    proxy = FaultProxy(s3_server.endpoint)
+    monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.start())
+    monkeypatch.setattr("ardist.storage.retry.time.sleep", lambda seconds: None)
+    faults = ["500", "503", "reset", "lost", "429", "html"]
+    proxy.script = [("*", faults[n // 4 % len(faults)] if n % 4 == 3 else "") for n in range(400)]
+    # A lost answer may also be given as a body that breaks.
+    proxy.script += [("GET", "short")] * 3
+    summary = build_small(f"{s3_url}/videos", f"{s3_url}/out")
+    struck = sum(bool(fault) for _, _, fault in proxy.seen)
+    proxy.script.clear()
+    assert summary.manifest.digest() == digest
+    assert struck > 10
+    assert summary.events["storage.retry"] >= struck // 2
+    assert not verify(f"{s3_url}/out").problems
+    proxy.stop()
 
 
 def test_workers_and_a_kill(three_videos: Path, s3_url: str, digest: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,7 +18,7 @@ from data_tools import decode
 from data_tools.decode import DecodeSettings, Target, decode_stretch, stretches
 from data_tools.ffmpeg_graph import DecodeRequest, command_line
 from data_tools.frame_stream import FrameStream
-from data_tools.probe import ProbeCaps, VideoFacts, probe
+from data_tools.probe import ProbeCaps, VideoFacts, open_checked, probe
 from data_tools.probe_pool import ProbeChild, probe_all
 from data_tools.reasons import Reason, Refusal
 from data_tools.sources import local_version
@@ -134,6 +134,14 @@ def test_the_command_is_closed_to_the_world(tmp_path: Path) -> None:
     assert not {"hls", "concat", "dash", "sdp", "image2", "rtp"} & set(options["-format_whitelist"].split(","))
     assert "-xerror" in words
     assert "-nostdin" in words
+
+
+def test_opening_never_waits(tmp_path: Path) -> None:
+    """A FIFO that takes a video's place after the listing must not make us wait for a writer."""
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(Refusal) as caught:
+        open_checked(str(tmp_path / "pipe"), None)
+    assert caught.value.reason is Reason.NOT_A_FILE
 
 
 def _stream(path: Path, code: str, timeout: float) -> FrameStream:

@@ -227,24 +227,27 @@ good("tiny_3x5.mkv")(lambda path: make_video(path, "-vf", "scale=3:5", codec=("-
 good("tiny_1x1.mkv")(lambda path: make_video(path, "-vf", "scale=1:1", codec=("-c:v", "ffv1", "-pix_fmt", "yuv444p")))
 
 
-def _joined(second: tuple[str, ...], size: int) -> object:
+def _joined(second: str) -> object:
     """Half-way the frames become of another kind, inside one stream."""
 
     def make(path: Path) -> None:
+        whole = greys(path.with_name(f"{path.name}.tmp.mkv"), TENTHS, *LOSSLESS)
         parts = [path.with_name(f"{number}-{path.name}.tmp.ts") for number in (1, 2)]
-        quadrants(parts[0], *X264)
-        quadrants(parts[1], *X264[:-4], *second, size=(size, size))
+        halves = ("trim=end_frame=6,format=yuv420p", f"trim=start_frame=6,setpts=PTS-STARTPTS,{second}")
+        for part, filters in zip(parts, halves, strict=True):
+            run_ffmpeg("-i", whole, "-vf", f"{filters},fps=10", *X264[:4], "-g", "6", part)
         script = path.with_name(f"{path.name}.tmp.txt")
         script.write_text("".join(f"file '{part}'\n" for part in parts))
         run_ffmpeg("-f", "concat", "-safe", "0", "-i", script, "-c", "copy", path)
-        for part in (*parts, script):
-            part.unlink()
+        for made in (whole, *parts, script):
+            made.unlink()
 
     return make
 
 
-good("changes_size.ts", upright, clips=6)(_joined(("-pix_fmt", "yuv420p", "-g", "6"), 96))
-good("changes_format.ts", upright, clips=6)(_joined(("-pix_fmt", "yuv444p", "-g", "6"), 64))
+ALL_LEVELS = _shows([0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11])
+good("changes_size.ts", ALL_LEVELS)(_joined("scale=48:48,format=yuv420p"))
+good("changes_format.ts", ALL_LEVELS)(_joined("format=yuv444p"))
 
 
 # ---- colours --------------------------------------------------------------------------------------------------------

@@ -163,12 +163,33 @@ def test_a_passing_fault_is_ridden_out_and_counted(fault_proxy: FaultProxy, stor
     assert events.snapshot()["storage.retry"] == (1 if fault == "html" else 3)
 
 
-@pytest.mark.parametrize("fault", ["500", "503", "reset", "lost"])
+@pytest.mark.parametrize("fault", ["500", "503", "reset", "lost", "html"])
 def test_writes_are_repeated(fault_proxy: FaultProxy, storage: S3Storage, fault: str) -> None:
     fault_proxy.script = [("PUT", fault)] * 2
     storage.put("a", b"abc")
     assert storage.read("a") == b"abc"
     assert events.snapshot()["storage.retry"] == 2
+
+
+def test_a_web_page_is_no_answer(fault_proxy: FaultProxy, storage: S3Storage, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A hotel's login page with status 200, to every kind of request."""
+    storage.put("a", b"x")
+    requests = {
+        "stat": lambda: storage.size("a") == 1,
+        "list": lambda: list(storage.list()) == ["a"],
+        "create": lambda: storage.create("b", b"y"),
+    }
+    for name, request in requests.items():
+        fault_proxy.script = [("*", "html")]
+        assert request(), name
+    monkeypatch.setattr(s3, "MULTIPART_FROM", 2**20)
+    monkeypatch.setattr(s3, "PART_BYTES", 5 * 2**20)
+    for kind in ("POST", "PUT"):
+        fault_proxy.script = [(kind, "html")]
+        storage.put("big", bytes(6 * 2**20))
+        assert not fault_proxy.script
+        assert storage.size("big") == 6 * 2**20
+    assert events.snapshot()["storage.retry"] == 5
 
 
 def test_a_broken_body_is_resumed_where_it_broke(fault_proxy: FaultProxy, storage: S3Storage) -> None:
