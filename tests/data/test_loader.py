@@ -28,6 +28,8 @@ from ardist.errors import CheckpointError, ConfigError, DataError
 
 COUNTS = [50, 31, 1, 40]
 FIRST = np.cumsum([0, *COUNTS])
+SCHEDULES = int(os.environ.get("ARDIST_LOADER_SCHEDULES", "30"))
+"""Random schedules that run through real files; the pure order runs its own ten thousand."""
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +89,7 @@ def test_random_kills_and_resizes_through_real_files(dataset: Path) -> None:
         places = order.take(epoch, 0, order.stream_length)
         numbers = (FIRST[places.shards] + places.rows).reshape(4, -1).T.reshape(-1)
         streams.append(numbers.tolist())
-    for number in range(100):
+    for number in range(SCHEDULES):
         rng = random.Random(number)
         state: dict[str, Any] | None = None
         got: list[list[int]] = [[], [], [], []]
@@ -183,7 +185,11 @@ def test_a_forked_child_continues_by_itself(dataset: Path) -> None:
         context = multiprocessing.get_context("fork")
         queue = context.SimpleQueue()
         child = context.Process(target=_child, args=(loader, queue))
-        child.start()
+        # As if reading threads of the parent stood in the middle of everything at the moment of the fork.
+        stream = loader.streams[0]
+        table = stream._reader._table
+        with stream._lock, table._shards._lock, table._parts._lock:
+            child.start()
         theirs = queue.get()
         child.join(30)
         assert child.exitcode == 0
