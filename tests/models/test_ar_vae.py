@@ -141,6 +141,23 @@ def test_bfloat16_model_takes_and_gives_float32() -> None:
     torch.testing.assert_close(decoded, small_model(temporal=True).decode(latents), atol=0.05, rtol=0)
 
 
+@torch.no_grad()
+def test_a_new_model_already_tells_images_apart() -> None:
+    """What makes training leave the mean image quickly: at the start images differ in latents and in the output."""
+    torch.manual_seed(0)
+    model = ARVAE(preset("tiny")).eval()
+    frames = torch.nn.functional.interpolate(torch.rand(16, 3, 4, 4), size=64, mode="bilinear")[:, None]
+    reconstruction, posterior = model(frames)
+    latents = posterior.mode()
+    assert latents.var(dim=0).mean() / latents.square().mean() > 0.1
+    assert reconstruction.var(dim=0).mean().sqrt() > 5e-3
+    assert (reconstruction.mean() - 0.5).abs() < 0.15
+    # And a latent token tells of the patches near its place: a change in one corner moves few of them.
+    frames[:, :, :, :16, :16] = 1.0 - frames[:, :, :, :16, :16]
+    moved = (model.encode(frames) - latents).square().mean(dim=(0, 1, 3)).sort(descending=True).values
+    assert moved[:8].sum() > 0.7 * moved.sum()
+
+
 def test_thin_group_norms_keep_groups_of_four_channels() -> None:
     assert [group_norm(channels).num_groups for channels in (8, 16, 24, 48, 128, 512)] == [2, 4, 6, 12, 32, 32]
 
