@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.console import Console
 
 from ardist import __version__, command_line
-from ardist.log import console
 
 app = typer.Typer(
     name="ardist",
@@ -79,7 +79,9 @@ def train(
 @app.command()
 def export(
     run: Annotated[Path, typer.Argument(help="A run directory with checkpoints.")],
-    out: Annotated[Path, typer.Option(help="The bundle directory to write; must not exist yet.")],
+    out: Annotated[
+        Path, typer.Option(help="The bundle to write; an older bundle there is replaced, all else is kept.")
+    ],
     ar_vae: Annotated[
         Path | None, typer.Option("--ar-vae", help="A bundle with the AR-VAE that made the latents.")
     ] = None,
@@ -92,7 +94,7 @@ def export(
     from ardist.training.export import export_bundle
 
     path = export_bundle(run, out, ar_vae=ar_vae, step=step)
-    console.print(f"wrote and verified {path}")
+    _say(f"wrote and verified {path}")
 
 
 @app.command()
@@ -160,7 +162,7 @@ def sample(
         compile=compile,
     )
     for path in paths:
-        console.print(f"wrote {path}")
+        _say(f"wrote {path}")
 
 
 @app.command()
@@ -176,7 +178,7 @@ def evaluate(
     from ardist.evaluation.evaluate import evaluate_bundle, scores_table, write_scores
 
     scores = evaluate_bundle(bundle, dataset, train_dataset=train_dataset)
-    console.print(scores_table(scores))
+    Console().print(scores_table(scores))
     if out is not None:
         write_scores(scores, out)
 
@@ -203,9 +205,9 @@ def schedule(
         schedules.draw_timestep_laws(out, num_frames=frames, num_timesteps=timesteps)
     else:
         plan = ADSchedule(frames, steps, difference, window, window_kind, timesteps, prefix_frames)
-        console.print(schedules.schedule_table(plan))
+        Console().print(schedules.schedule_table(plan))
         schedules.draw_ad_schedule(plan, out)
-    console.print(f"drew {out}")
+    _say(f"drew {out}")
 
 
 @app.command()
@@ -213,7 +215,12 @@ def report(run: Annotated[Path, typer.Argument(help="A run directory.")]) -> Non
     """Draw a run as one self-contained page: loss, throughput, loss by frame, events."""
     from ardist.report.run_report import write_run_report
 
-    console.print(f"wrote {write_run_report(run)}")
+    _say(f"wrote {write_run_report(run)}")
+
+
+def _say(text: str) -> None:
+    """One line on stdout, as it is: paths may hold what would be markup."""
+    print(text)
 
 
 def main() -> None:

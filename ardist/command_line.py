@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 import traceback
 from collections.abc import Sequence
@@ -10,7 +11,7 @@ from collections.abc import Sequence
 import typer
 
 from ardist import log
-from ardist.errors import ArdistError
+from ardist.errors import ArdistError, HardwareError
 
 INTERRUPTED = 130
 
@@ -19,7 +20,8 @@ def run(app: typer.Typer, program: str, arguments: Sequence[str] | None = None) 
     """Run a typer application and return its exit code.
 
     ``--debug`` anywhere on the line shows tracebacks and debug messages. An `ArdistError` is printed as one
-    message and gives its own exit code; a usage error gives 2; an unforeseen error gives 1 and asks for --debug.
+    message and gives its own exit code; a usage error gives 2; a file that cannot be used gives 4; an unforeseen
+    error gives 1 and asks for --debug.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in words
@@ -33,13 +35,22 @@ def run(app: typer.Typer, program: str, arguments: Sequence[str] | None = None) 
     except ArdistError as error:
         _show(error, f"{program}: {error}", debug)
         return error.exit_code
+    except OSError as error:
+        if error.filename is None:
+            return _unexpected(program, error, debug)
+        _show(error, f"{program}: {os.fsdecode(error.filename)!r}: {error.strerror or error}", debug)
+        return HardwareError.exit_code
     except KeyboardInterrupt:
         print(f"{program}: interrupted", file=sys.stderr)
         return INTERRUPTED
     except Exception as error:  # noqa: BLE001 - the last line of defence, reported and turned into exit code 1
-        message = f"{program}: unexpected {type(error).__name__}: {error} (run again with --debug for the traceback)"
-        _show(error, message, debug)
-        return 1
+        return _unexpected(program, error, debug)
+
+
+def _unexpected(program: str, error: Exception, debug: bool) -> int:
+    message = f"{program}: unexpected {type(error).__name__}: {error} (run again with --debug for the traceback)"
+    _show(error, message, debug)
+    return 1
 
 
 def _show(error: BaseException, message: str, debug: bool) -> None:

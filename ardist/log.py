@@ -20,13 +20,13 @@ class _LineFormatter(logging.Formatter):
         self.converter = time.gmtime
 
     def format(self, record: logging.LogRecord) -> str:
-        record.rank = os.environ.get("RANK", "0")
+        record.rank = os.environ.get("RANK") or "0"
         return super().format(record)
 
 
 def configure(run_dir: Path | None = None, level: int | str = logging.INFO) -> None:
     """Send our log to the console (rank 0; other ranks: warnings) and to ``<run_dir>/logs/rank-N.log``."""
-    rank = int(os.environ.get("RANK", "0"))
+    rank = int(os.environ.get("RANK") or 0)
     for name in ("ardist", "data_tools"):
         logger = logging.getLogger(name)
         logger.setLevel(level)

@@ -12,18 +12,22 @@ from torch import Tensor
 
 from ardist.config.data import DataConfig
 from ardist.config.training import TrainConfig
+from ardist.data.batch import Batch
 from ardist.data.loader import read_samples
 from ardist.data.manifest import Manifest, load_manifest
 from ardist.errors import ConfigError, DataError
 from ardist.evaluation import reconstruction
 from ardist.inference.bundle import Bundle, load_bundle
 from ardist.models.weights import AR_VAE_FILE, load_ar_vae, read_config
-from ardist.training.batches import single_clips
+from ardist.training.batches import DeviceCopy, single_clips
+from ardist.training.distributed import uses_gpu
 from ardist.training.objectives import DenoiserObjective
 
 Scores = dict[str, float | int | str]
 
 PCA_COMPONENTS = 128
+PCA_FRAMES = 4096
+"""Training samples the components are fitted to at most, spread evenly over the dataset."""
 _BATCH = 16
 
 
@@ -40,9 +44,10 @@ def evaluate_bundle(bundle: Path, dataset: str, train_dataset: str | None = None
 @torch.no_grad()
 def evaluate_reconstruction(bundle: Path, dataset: str, train_dataset: str | None) -> Scores:
     """Mean PSNR [dB], SSIM and flicker of the AR-VAE over held-out clips, beside constant colour and PCA."""
-    ar_vae = load_ar_vae(bundle)
+    device = _device()
+    ar_vae = load_ar_vae(bundle, device)
     clips = _as_frames(read_samples(dataset).values)
-    parts = [ar_vae.decode(ar_vae.encode(part)).clamp(0, 1) for part in clips.split(_BATCH)]
+    parts = [ar_vae.decode(ar_vae.encode(part.to(device))).clamp(0, 1).cpu() for part in clips.split(_BATCH)]
     reconstructed = torch.cat(parts)
     scores: Scores = {
         "kind": "reconstruction",
@@ -53,10 +58,16 @@ def evaluate_reconstruction(bundle: Path, dataset: str, train_dataset: str | Non
         "constant_colour_psnr": reconstruction.best_constant_colour_psnr(clips).mean().item(),
     }
     if train_dataset is not None:
-        frames = _as_frames(read_samples(train_dataset).values).flatten(0, 1)
-        scores["pca_components"] = PCA_COMPONENTS
-        scores["pca_psnr"] = reconstruction.pca_psnr(frames, clips, PCA_COMPONENTS).mean().item()
+        frames = _as_frames(_evenly(train_dataset, PCA_FRAMES).values).flatten(0, 1)
+        components = min(PCA_COMPONENTS, len(frames))
+        scores["pca_components"] = components
+        scores["pca_psnr"] = reconstruction.pca_psnr(frames, clips, components).mean().item()
     return scores
+
+
+def _evenly(dataset: str, most: int) -> Batch:
+    total = load_manifest(dataset).num_samples
+    return read_samples(dataset, [index * total // min(total, most) for index in range(min(total, most))])
 
 
 def _as_frames(values: Tensor) -> Tensor:
@@ -70,7 +81,8 @@ def evaluate_denoising(bundle: Path, dataset: str) -> Scores:
 
     The same staircases and noise as the trainer's validation, over every clip of the dataset.
     """
-    loaded = load_bundle(bundle)
+    device = _device()
+    loaded = load_bundle(bundle, device=device)
     manifest = load_manifest(dataset)
     _check_origin(bundle, loaded, manifest, dataset)
     config = TrainConfig(
@@ -80,8 +92,8 @@ def evaluate_denoising(bundle: Path, dataset: str) -> Scores:
         diffusion=loaded.diffusion,
         data=DataConfig(path=dataset),
     )
-    objective = DenoiserObjective(config, manifest, torch.device("cpu"))
-    clips = single_clips(read_samples(dataset))
+    objective = DenoiserObjective(config, manifest, device)
+    clips = single_clips(DeviceCopy(device)(read_samples(dataset)))
     summary = objective.summarise([objective.evaluate(loaded.denoiser, clip) for clip in clips])
     return {
         "kind": "denoising",
@@ -90,6 +102,10 @@ def evaluate_denoising(bundle: Path, dataset: str) -> Scores:
         "predict_zero": summary["predict_zero"],
         "fraction_of_predict_zero": summary["fraction_of_predict_zero"],
     }
+
+
+def _device() -> torch.device:
+    return torch.device("cuda" if uses_gpu() else "cpu")
 
 
 def _check_origin(directory: Path, bundle: Bundle, manifest: Manifest, dataset: str) -> None:

@@ -35,6 +35,7 @@ from ardist.models.denoiser import Denoiser
 from ardist.models.weights import (
     AR_VAE_FILE,
     CONFIG_FILE,
+    is_bundle,
     load_ar_vae,
     load_into,
     read_config,
@@ -122,7 +123,7 @@ def write_bundle(
     defaults = sampler_defaults or SamplerDefaults()
     states = {"ema": ema_state} if raw_state is None else {"ema": ema_state, "raw": raw_state}
     denoisers = {kind: _build_denoiser(denoiser_config, state, f"the {kind} state") for kind, state in states.items()}
-    with publish_directory(Path(out), replaces=_is_bundle) as directory:
+    with publish_directory(Path(out), replaces=is_bundle) as directory:
         config: dict[str, Any] = {
             "denoiser": denoiser_config.model_dump(mode="json"),
             "diffusion": diffusion.model_dump(mode="json"),
@@ -206,14 +207,6 @@ def verify_bundle(directory: Path, device: torch.device | str = "cpu") -> None:
                     f"{str(directory / name)!r} computes something else than when it was written: "
                     f"relative error {error:.2g}, legal: {verification.TOLERANCE:.0e}"
                 )
-
-
-def _is_bundle(directory: Path) -> bool:
-    try:
-        read_config(directory)
-    except CheckpointError:
-        return False
-    return True
 
 
 def _section(schema: type[SectionT], config: Mapping[str, Any], name: str, source: Path) -> SectionT:

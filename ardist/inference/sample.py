@@ -69,6 +69,10 @@ def sample_to_file(
         raise InvalidValueError(f"out={str(out)!r} is illegal; legal: a name that ends in .mp4")
     place = _device(device)
     opened = load_bundle(bundle, weights, place, torch.bfloat16 if place.type == "cuda" else torch.float32)
+    opened.ar_vae.eval()  # read now: a bundle without one is refused before anything is sampled
+    if out.is_dir():
+        raise InvalidValueError(f"out={str(out)!r} is a directory; legal: the name of a file")
+    out.parent.mkdir(parents=True, exist_ok=True)
     defaults = opened.sampler_defaults
     if class_id is not None and opened.denoiser.config.num_classes is None:
         raise InvalidValueError(f"class_id={class_id} is illegal: the bundle has no classes; legal: none")

@@ -103,6 +103,15 @@ def read_config(directory: Path) -> dict[str, Any]:
     return config
 
 
+def is_bundle(directory: Path) -> bool:
+    """True for a directory with the files of a bundle and nothing else: what an export may replace."""
+    try:
+        known = {CONFIG_FILE, *read_config(directory).get("digests", {})}
+    except CheckpointError:
+        return False
+    return all(path.name in known for path in directory.iterdir())
+
+
 def save_ar_vae(directory: Path, model: ARVAE) -> str:
     """Write an AR-VAE as a bundle of its own; returns the digest of its weights."""
     directory.mkdir(parents=True, exist_ok=True)

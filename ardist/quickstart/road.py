@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import sys
@@ -50,13 +51,18 @@ def run_quickstart(
 
     `steps` replaces the optimiser steps of both trainings, `videos` the clips, `ranks` the number of processes.
     """
+    repository = _repository()
+    training = _training_arguments(repository, ranks, steps)
+    directory = directory.expanduser()
+    videos = None if videos is None else _video_folder(videos.expanduser(), directory)
+    if directory.exists() and not directory.is_dir():
+        raise ConfigError(f"--dir {str(directory)!r} is a file; give a directory")
     if fresh and directory.exists():
         _remove(directory)
-    repository = _repository()
     directory.mkdir(parents=True, exist_ok=True)
     runner = StageRunner(directory)
     paths = Paths(directory)
-    stages = list(_stages(paths, repository, videos, _training_arguments(ranks, steps)))
+    stages = list(_stages(paths, repository, videos, training))
     for number, stage in enumerate(stages, start=1):
         runner.run(stage, f"{number}/{len(stages)}")
     console.print(runner.table())
@@ -66,6 +72,7 @@ def run_quickstart(
 
 
 def _stages(paths: Paths, repository: Path, videos: Path | None, training: TrainingArguments) -> Iterator[Stage]:
+    listing = [] if videos is None else _listing(videos)
     if videos is None:
         videos = paths.videos
         clips = packaged_clips()
@@ -81,7 +88,7 @@ def _stages(paths: Paths, repository: Path, videos: Path | None, training: Train
     yield Stage(
         "pixels",
         "Build pixel shards for the AR-VAE",
-        {"train": train_frames, "held_out": held_out_frames},
+        {"train": train_frames, "held_out": held_out_frames, "videos": listing},
         [paths.pixels_train, paths.pixels_held_out],
         lambda: _run_all(train_frames, held_out_frames),
         continues=True,
@@ -163,9 +170,12 @@ def _training_stage(
     training: TrainingArguments,
     interrupt: bool = False,
 ) -> Stage:
-    config = repository / "configs" / "quickstart" / f"{task}.yaml"
+    config = _config(repository, task)
     command: list[str | Path] = [repository / "launchers" / "train.sh", "--ranks", str(training.ranks), config]
-    command += [f"run_dir={run_dir}", f"data.path={data}", f"validation.path={held_out}", *training.overrides]
+    places = {"run_dir": run_dir, "data.path": data, "validation.path": held_out}
+    # Quoted, for an override's value is read as YAML and a path may hold anything.
+    command += [f"{key}={json.dumps(str(path))}" for key, path in places.items()]
+    command += training.overrides
 
     def action() -> None:
         settings = load_config(TrainConfig, config, [str(word) for word in command[4:]])
@@ -194,6 +204,12 @@ def _build_arguments(
     return [str(word) for word in command]
 
 
+def _listing(videos: Path) -> list[tuple[str, int, int]]:
+    """What is in a folder of videos: another content makes the shards again."""
+    files = sorted(path for path in videos.rglob("*") if path.is_file())
+    return [(str(path.relative_to(videos)), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+
+
 def _run_all(*commands: list[str] | list[str | Path]) -> None:
     for command in commands:
         run_command(command)
@@ -203,16 +219,32 @@ def _ardist() -> list[str | Path]:
     return [sys.executable, "-m", "ardist.cli"]
 
 
-def _training_arguments(ranks: int | None, steps: int | None) -> TrainingArguments:
+def _training_arguments(repository: Path, ranks: int | None, steps: int | None) -> TrainingArguments:
     import torch
 
+    from ardist.training.distributed import uses_gpu
+
+    batches = [load_config(TrainConfig, _config(repository, task)).training for task in ("ar_vae", "denoiser")]
+    legal = [count for count in range(1, 1025) if all(batch.global_batch_size % count == 0 for batch in batches)]
+    if ranks is not None and ranks not in legal:
+        raise ConfigError(f"--ranks {ranks} cannot share the quickstart's batches evenly; legal: {legal}")
     overrides = []
-    if torch.cuda.is_available():
+    if uses_gpu():
         overrides.append("training.precision=bf16")
     if steps is not None:
         overrides += [f"training.steps={steps}", "optimizer.warmup_steps=0"]
-    devices = torch.cuda.device_count() if torch.cuda.is_available() else min(2, os.cpu_count() or 1)
-    return TrainingArguments(ranks or devices, tuple(overrides))
+    devices = torch.cuda.device_count() if uses_gpu() else min(2, os.cpu_count() or 1)
+    return TrainingArguments(ranks or max(count for count in legal if count <= devices), tuple(overrides))
+
+
+def _config(repository: Path, task: str) -> Path:
+    return repository / "configs" / "quickstart" / f"{task}.yaml"
+
+
+def _video_folder(videos: Path, directory: Path) -> Path:
+    if videos.resolve().is_relative_to(directory.resolve()):
+        raise ConfigError(f"--videos {str(videos)!r} lies inside --dir {str(directory)!r}; give another --dir")
+    return videos
 
 
 def _repository() -> Path:

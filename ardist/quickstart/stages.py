@@ -16,7 +16,7 @@ from pathlib import Path
 from rich.table import Table
 
 from ardist.config import canonical_digest
-from ardist.errors import ArdistError
+from ardist.errors import ArdistError, DataError
 from ardist.log import console
 
 
@@ -54,7 +54,10 @@ class StageRunner:
         self._seconds: dict[str, float | None] = {}
         self._known: dict[str, dict[str, object]] = {}
         if self._path.exists():
-            self._known = json.loads(self._path.read_text(encoding="utf-8"))
+            try:
+                self._known = dict(json.loads(self._path.read_text(encoding="utf-8")))
+            except (ValueError, TypeError) as error:
+                raise DataError(f"{str(self._path)!r} is damaged ({error}); remove it, or use --fresh") from None
 
     def run(self, stage: Stage, position: str) -> None:
         """Run a stage unless it and all before it are finished with the same inputs."""
@@ -110,7 +113,7 @@ def _remove(outputs: Sequence[Path]) -> None:
 def run_command(words: Sequence[str | Path], expected: int = 0) -> None:
     """Show a command and run it with this process's terminal; `StageError` unless it ends as expected."""
     line = [str(word) for word in words]
-    console.print("$ " + shlex.join(line), style="cyan", highlight=False, soft_wrap=True)
+    console.print("$ " + shlex.join(line), style="cyan", highlight=False, markup=False, soft_wrap=True)
     environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"}
     code = subprocess.run(line, env=environment, check=False).returncode
     if code != expected:

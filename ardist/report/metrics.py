@@ -19,8 +19,10 @@ def read_metrics(run_dir: Path) -> list[Record]:
     path = run_dir / "metrics.jsonl"
     try:
         text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise DataError(f"{str(run_dir)!r} is no run directory: it holds no metrics.jsonl") from None
+    except UnicodeDecodeError as error:
+        raise DataError(f"{str(path)!r} is damaged: {error}") from None
     latest: dict[tuple[str, int], Record] = {}
     for number, line in enumerate(text[: text.rfind("\n") + 1].splitlines(), start=1):
         try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from ardist.errors import DataError
 from ardist.report.curves import draw_curves
 from ardist.report.html import Page
 from ardist.report.metrics import Record, read_metrics, series
@@ -58,7 +59,10 @@ def _summary(run_dir: Path, page: Page) -> None:
     if not path.exists():
         page.text("The run has not written its summary yet.")
         return
-    summary = dict(json.loads(path.read_text(encoding="utf-8")))
+    try:
+        summary = dict(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        raise DataError(f"{str(path)!r} is damaged: {error}") from None
     recorded = dict(summary.pop("events", {}))
     page.heading("Events")
     if recorded:

