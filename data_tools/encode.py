@@ -109,7 +109,9 @@ class LatentEncoder(Encoder):
 
         try:
             stored = self._forward(torch.from_numpy(frames).to(self.device)).to(torch.float16)
-        except (torch.OutOfMemoryError, MemoryError):
+        except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+            if not isinstance(error, torch.OutOfMemoryError | MemoryError) and "allocate memory" not in str(error):
+                raise  # on a CPU lack of memory is a plain RuntimeError with these words
             if len(frames) == 1:
                 events.count("build.encoder_out_of_memory", device=self.device)
                 return {0: Refusal(Reason.MEMORY, "the encoder ran out of memory with a single frame")}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import multiprocessing
 import os
 import signal
@@ -26,6 +27,8 @@ from data_tools.sandbox import die_with_parent
 from data_tools.shard import Counts, ShardSettings
 from data_tools.staging import staging_folder
 from data_tools.worker import run_worker
+
+_log = logging.getLogger("data_tools.workers")
 
 RESTARTS_PER_WORKER = 3
 
@@ -72,6 +75,10 @@ def _work(task: Task, number: int, connection: Connection, parent: int) -> None:
     except ArdistError as error:
         connection.send(("failed", error.exit_code, str(error)))
         status = error.exit_code
+    except Exception as error:  # noqa: BLE001 - a process that ends is replaced; here it says why
+        _log.error("worker %d: unexpected %s: %s", number, type(error).__name__, error)
+        _log.debug("worker %d", number, exc_info=True)
+        status = 1
     connection.send(("events", 0, events.snapshot()))
     connection.close()
     sys.exit(status)
