@@ -12,16 +12,8 @@ from ardist.errors import ArdistError, CheckpointError, ConfigError, DataError
 from ardist.training import commit as commits
 from ardist.training.commit import Commit
 from ardist.training.dataset import TrainingSet, paths, shares
+from ardist.training.deepspeed_overrides import override_problems
 from ardist.training.distributed import uses_gpu
-
-OWN_DEEPSPEED_KEYS = {
-    "train_batch_size": "training.global_batch_size",
-    "train_micro_batch_size_per_gpu": "training.micro_batch_size",
-    "gradient_accumulation_steps": "training.micro_batch_size",
-    "gradient_clipping": "optimizer.grad_clip",
-    "optimizer": "optimizer",
-    "scheduler": "optimizer.schedule",
-}
 
 IDENTITY = ("task", "denoiser", "ar_vae")
 """Settings that a checkpoint must share with the run that resumes it."""
@@ -46,9 +38,7 @@ def check_run(config: TrainConfig, world_size: int, checkpoints: Path) -> Traini
     # Held-out clips fit the model, like the others; how many frames they have is their own affair.
     if held_out is not None:
         problems += [f"validation.path: {problem}" for problem in _shape_problems(config, held_out)]
-    for key in config.deepspeed:
-        if key in OWN_DEEPSPEED_KEYS:
-            problems.append(f"deepspeed.{key}: this is derived from {OWN_DEEPSPEED_KEYS[key]}; set that instead")
+    problems += override_problems(config.deepspeed)
     problems += _checkpoint_problems(config, checkpoints)
     everything = problems + data_problems
     complete = tuple(manifest for manifest in manifests.values() if manifest is not None)
@@ -111,6 +101,11 @@ def _shape_problems(config: TrainConfig, manifest: Manifest) -> Iterator[str]:
             yield (
                 f"holds latents of {tokens} tokens x {channels} channels per frame; the denoiser is configured for "
                 f"tokens_per_frame={model.tokens_per_frame}, latent_channels={model.latent_channels}"
+            )
+        if model.context_tokens:
+            yield (
+                f"datasets carry no context embeddings yet, so denoiser.context_tokens={model.context_tokens} would "
+                "train on the null context only; legal: 0"
             )
         if model.positions == "sincos" and frames > model.max_frames:
             yield f"holds clips of {frames} frames; denoiser.max_frames is {model.max_frames}"

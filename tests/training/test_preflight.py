@@ -15,6 +15,7 @@ from ardist.config import TrainConfig, check
 from ardist.errors import ArdistError, ConfigError, DataError
 from ardist.training import commit as commits
 from ardist.training.commit import Commit
+from ardist.training.deepspeed_overrides import KNOWN_KEYS
 from ardist.training.main import main
 from ardist.training.preflight import check_run
 from ardist.training.trainer import train
@@ -53,6 +54,14 @@ def problems(config: TrainConfig, ranks: int, monkeypatch: pytest.MonkeyPatch) -
         ({"validation__path": "/nowhere"}, 1, ["DataError", "/nowhere"]),
         ({"init_from": "/nowhere"}, 1, ["init_from: '/nowhere' is not a directory"]),
         ({"training__global_batch_size": 64}, 1, ["data, ", "16"]),
+        ({"denoiser__context_tokens": 2, "denoiser__context_dim": 8}, 1, ["no context embeddings yet", "legal: 0"]),
+        ({"deepspeed__bf16__enabled": True}, 1, ["deepspeed.bf16: this is derived from training.precision"]),
+        ({"deepspeed__fp16": {}}, 1, ["deepspeed.fp16: this is derived from training.precision"]),
+        ({"deepspeed__data_types": {}}, 1, ["deepspeed.data_types: this is derived from training.grad_accumulation"]),
+        ({"deepspeed__zero_optimization__stage": 2}, 1, ["zero_optimization.stage: ", "training.zero_stage"]),
+        ({"deepspeed__zero_optimization__offload_param": {}}, 1, ["offload_param: ", "training.offload;"]),
+        ({"deepspeed__zero_optimization": True}, 1, ["deepspeed.zero_optimization: a mapping", "not True"]),
+        ({"deepspeed__wall_clock_brekdown": True}, 1, ["no such setting (did you mean 'wall_clock_breakdown'?)"]),
     ],
 )
 def test_each_problem_is_named(
@@ -67,6 +76,25 @@ def test_each_problem_is_named(
     for text in wanted:
         assert text in message
     assert not (tmp_path / "run").exists(), "nothing is created for a run that cannot start"
+
+
+def test_the_known_settings_are_those_that_deepspeed_reads() -> None:
+    from deepspeed.runtime.config import DeepSpeedConfig
+
+    class Recorder(dict[str, Any]):
+        def get(self, key: Any, default: Any = None) -> Any:
+            read.add(key)
+            return super().get(key, default)
+
+        def __contains__(self, key: object) -> bool:
+            read.add(key)
+            return super().__contains__(key)
+
+    read: set[Any] = set()
+    # The constructor wants a process group; the part that reads the settings does not.
+    DeepSpeedConfig._initialize_params(object.__new__(DeepSpeedConfig), Recorder(train_batch_size=1))
+    assert len(read) > 20
+    assert read <= KNOWN_KEYS
 
 
 def test_a_run_directory_is_a_folder(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
