@@ -10,9 +10,11 @@ from pydantic import BaseModel, ConfigDict
 
 
 class Section(BaseModel):
-    """A frozen configuration section in which an unknown key is an error."""
+    """A frozen configuration section in which an unknown key, an infinity and a NaN are errors."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, protected_namespaces=())
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, validate_default=True, protected_namespaces=(), allow_inf_nan=False
+    )
 
     def digest(self) -> str:
         """sha256 (64 hex digits) of the section's canonical JSON; equal configurations have equal digests."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from ardist.config.ar_vae import ARVAEConfig
 from ardist.config.base import Section
@@ -14,6 +14,7 @@ from ardist.config.denoiser import DenoiserConfig
 
 Law = Literal["fopp", "synchronous", "independent", "uniform_monotone"]
 Fraction = Annotated[float, Field(ge=0, le=1)]
+Decay = Annotated[float, Field(ge=0, lt=1)]
 
 
 class DiffusionConfig(Section):
@@ -42,7 +43,7 @@ class OptimizerConfig(Section):
     """AdamW and its learning-rate schedule."""
 
     lr: float = Field(1e-4, gt=0)
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[Decay, Decay] = (0.9, 0.999)
     eps: float = Field(1e-8, gt=0)
     weight_decay: float = Field(1e-4, ge=0)
     grad_clip: float = Field(1.0, ge=0, description="global norm; 0: off")
@@ -84,7 +85,7 @@ class TrainingConfig(Section):
     max_skipped_in_row: int = Field(20, ge=1, description="stop with a report after this many skipped steps in a row")
     log_every: int = Field(10, ge=1)
     timeout_minutes: float = Field(30, gt=0, description="how long a rank waits for the others in a collective")
-    ema_decays: tuple[Annotated[float, Field(ge=0, lt=1)], ...] = (0.9999,)
+    ema_decays: tuple[Decay, ...] = (0.9999,)
     stop_after: int | None = Field(
         None, ge=1, description="save and stop with exit code 75 after this step, as if preempted"
     )
@@ -107,6 +108,8 @@ class TrainingConfig(Section):
                 problems.append("grad_accumulation: fp32 needs bf16, zero_stage 1, 2 or 3, and no offload")
             elif self.zero_stage == 1 and self.guard == "device":
                 problems.append("grad_accumulation: fp32 with zero_stage 1 needs guard: deepspeed")
+        if len(set(self.ema_decays)) != len(self.ema_decays):
+            problems.append(f"ema_decays: {list(self.ema_decays)} names a decay twice")
         if problems:
             raise ValueError("; ".join(problems))
         return self
@@ -182,6 +185,22 @@ class TrainConfig(Section):
     debug: DebugConfig = DebugConfig()
     deepspeed: dict[str, Any] = Field(default_factory=dict, description="passed through to DeepSpeed, over our own")
 
+    @field_validator("init_weights", mode="before")
+    @classmethod
+    def _decay_as_text(cls, value: Any) -> Any:
+        return str(value) if isinstance(value, int | float) and not isinstance(value, bool) else value
+
+    @field_validator("init_weights")
+    @classmethod
+    def _auto_raw_or_decay(cls, value: str) -> str:
+        try:
+            known = value in ("auto", "raw") or 0 <= float(value) < 1
+        except ValueError:
+            known = False
+        if not known:
+            raise ValueError("legal: auto, raw, or an EMA decay of at least 0 and below 1")
+        return value
+
     @model_validator(mode="after")
     def _task_has_its_model(self) -> TrainConfig:
         if getattr(self, self.task) is None:
@@ -208,7 +227,10 @@ class TrainConfig(Section):
 
 
 def batch_layout(training: TrainingConfig, world_size: int) -> tuple[int, int]:
-    """(micro batch size, gradient accumulation steps) for a number of ranks; ValueError names the legal ranks."""
+    """(micro batch size, gradient accumulation steps) for a number of ranks; ValueError names the legal ranks.
+
+    The micro batch is the largest divisor of a rank's batch that is not above ``micro_batch_size``.
+    """
     batch = training.global_batch_size
     if batch % world_size:
         legal = [d for d in range(1, batch + 1) if batch % d == 0]
@@ -216,9 +238,6 @@ def batch_layout(training: TrainingConfig, world_size: int) -> tuple[int, int]:
             f"global_batch_size={batch} cannot be split over {world_size} ranks; legal numbers of ranks: {legal}"
         )
     per_rank = batch // world_size
-    micro = (
-        math.gcd(per_rank, training.micro_batch_size)
-        if per_rank % training.micro_batch_size
-        else training.micro_batch_size
-    )
+    largest = min(training.micro_batch_size, per_rank)
+    micro = next(size for size in range(largest, 0, -1) if per_rank % size == 0)
     return micro, per_rank // micro

@@ -74,8 +74,14 @@ def write_part(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mappin
 
 
 def ema_kind(decay: float) -> str:
-    """Name of an EMA's state in the parts."""
-    return f"ema_{decay:g}"
+    """Name of an EMA's state in the parts; two decays never share one."""
+    return f"ema_{decay_text(decay)}"
+
+
+def decay_text(decay: float) -> str:
+    """A decay in words that read back as the same number: short where that is exact, as for 0.9999."""
+    short = f"{decay:g}"
+    return short if float(short) == decay else repr(decay)
 
 
 def hash_file(path: Path) -> str:

@@ -15,7 +15,7 @@ from ardist.training.commit import Commit
 from ardist.training.distributed import World
 from ardist.training.ema import ShardedEMA
 from ardist.training.fragments import MOMENTS, Fragments
-from ardist.training.parts import EXTRA_FILE, PartsReader, ema_kind
+from ardist.training.parts import EXTRA_FILE, PartsReader, decay_text, ema_kind
 
 
 def find(root: Path, world: World) -> tuple[Path, Commit] | None:
@@ -152,7 +152,8 @@ def weights_kind(commit: Commit, wanted: str) -> str:
         return "master"
     if wanted == "auto":
         return ema_kind(max(commit.ema_decays))
-    names = {f"{decay:g}": ema_kind(decay) for decay in commit.ema_decays}
-    if wanted not in names:
-        raise CheckpointError(f"init_weights={wanted!r}: that checkpoint has {', '.join(['auto', 'raw', *names])}")
-    return names[wanted]
+    decay = float(wanted)
+    if decay not in commit.ema_decays:
+        names = ", ".join(["auto", "raw", *map(decay_text, commit.ema_decays)])
+        raise CheckpointError(f"init_weights={wanted!r}: that checkpoint has {names}")
+    return ema_kind(decay)

@@ -61,6 +61,13 @@ def test_round_trip_through_yaml_keeps_every_value(tmp_path: Path) -> None:
         ("task=ar_vae", ["needs a section 'ar_vae'"]),
         ("denoiser.num_heads=5", ["width 96", "num_heads 5"]),
         ("optimizer.lr=0", ["optimizer.lr", "greater than 0"]),
+        ("optimizer.lr=.inf", ["optimizer.lr", "finite"]),
+        ("optimizer.weight_decay=.nan", ["optimizer.weight_decay", "finite"]),
+        ("optimizer.betas=[0.9, 1.0]", ["optimizer.betas", "less than 1"]),
+        ("optimizer.betas=[-0.1, 0.9]", ["optimizer.betas", "greater than or equal to 0"]),
+        ("init_weights=1.5", ["init_weights", "legal: auto, raw, or an EMA decay"]),
+        ("init_weights=ema", ["init_weights", "legal: auto, raw, or an EMA decay"]),
+        ("training.ema_decays=[0.9, 0.99, 0.9]", ["ema_decays", "twice"]),
     ],
 )
 def test_refusals_name_the_place_and_the_legal_values(tmp_path: Path, override: str, words: list[str]) -> None:
@@ -108,6 +115,14 @@ def test_numbers_as_people_write_them(text: str, value: float) -> None:
     assert settings == {"optimizer": {"lr": value}}
 
 
+@pytest.mark.parametrize(("given", "kept"), [("0.5", "0.5"), ("0.9999", "0.9999"), ("raw", "raw"), ("'0.5'", "0.5")])
+def test_init_weights_takes_a_decay_as_a_number(tmp_path: Path, given: str, kept: str) -> None:
+    config = load_config(TrainConfig, write(tmp_path, GOOD), [f"init_weights={given}"])
+    assert config.init_weights == kept
+    dump_config(config, tmp_path / "resolved.yaml")
+    assert load_config(TrainConfig, tmp_path / "resolved.yaml") == config
+
+
 @given(st.integers(1, 512), st.integers(1, 64), st.integers(1, 64))
 def test_batch_layout_always_covers_the_global_batch(batch: int, micro: int, ranks: int) -> None:
     training = TrainConfig.model_validate(
@@ -126,3 +141,5 @@ def test_batch_layout_always_covers_the_global_batch(batch: int, micro: int, ran
     size, accumulation = batch_layout(training, ranks)
     assert size * accumulation * ranks == batch
     assert size <= micro
+    per_rank = batch // ranks
+    assert not any(per_rank % larger == 0 for larger in range(size + 1, min(micro, per_rank) + 1))
