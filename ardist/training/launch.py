@@ -19,6 +19,8 @@ from types import FrameType
 
 import psutil
 
+from ardist.config import TrainConfig, load_config
+from ardist.errors import ArdistError
 from ardist.training.distributed import uses_gpu
 
 MODULE = "ardist.training.main"
@@ -75,6 +77,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.ranks is not None and options.ranks < 1:
         print(f"train.sh: --ranks {options.ranks} is out of range; legal: 1 and more", file=sys.stderr)
         return 2
+    try:
+        load_config(TrainConfig, options.config, options.overrides)
+    except ArdistError as error:
+        print(f"train.sh: {error}", file=sys.stderr)
+        return error.exit_code
     environment = dict(os.environ)
     ranks = options.ranks or _default_ranks()
     environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // ranks)))

@@ -75,7 +75,7 @@ def open_tracker(config: TrainConfig, run_dir: Path) -> Tracker:
 
     def sinks() -> list[tuple[str, Sink, Callable[[], None]]]:
         opened = []
-        if config.tracking.wandb != "disabled":
+        if config.tracking.wandb != "disabled" and _wandb_mode(config) != "disabled":
             opened += _attempt("wandb", lambda: _open_wandb(config, run_dir))
         if config.tracking.tensorboard:
             opened += _attempt("tensorboard", lambda: _open_tensorboard(run_dir))
@@ -110,7 +110,7 @@ def run_id(run_dir: Path) -> str:
 
 def _open_wandb(config: TrainConfig, run_dir: Path) -> tuple[Sink, Callable[[], None]]:
     wandb: Any = importlib.import_module("wandb")
-    mode = config.tracking.wandb if os.environ.get("WANDB_MODE") != "disabled" else "disabled"
+    mode = _wandb_mode(config)
     arguments = {
         "project": config.tracking.project,
         "name": config.tracking.name or run_dir.name,
@@ -132,6 +132,12 @@ def _open_wandb(config: TrainConfig, run_dir: Path) -> tuple[Sink, Callable[[], 
         run.log(_scalars(record), step=int(record["step"]))
 
     return write, run.finish
+
+
+def _wandb_mode(config: TrainConfig) -> str:
+    """The configured mode, unless ``WANDB_MODE`` asks for less: it may turn the network off, never on."""
+    asked = os.environ.get("WANDB_MODE", "").strip().lower()
+    return asked if asked in ("offline", "disabled") else config.tracking.wandb
 
 
 def _open_tensorboard(run_dir: Path) -> tuple[Sink, Callable[[], None]]:

@@ -7,13 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import tiny_config
+from tiny import settings, tiny_config
 
 from ardist.training import launch
 from ardist.training.callbacks.metrics import console_line
 from ardist.training.distributed import World, environment
 from ardist.training.ema import warmed_decay
 from ardist.training.engine import deepspeed_settings
+from ardist.training.parts import ema_kind
 from ardist.training.run_dir import append_line
 from ardist.training.throughput import Throughput, peak_flops
 from ardist.training.window import Window
@@ -121,9 +122,35 @@ def test_the_launcher_gets_words_not_a_line() -> None:
     assert "--num_gpus" not in multi
 
 
+@pytest.mark.parametrize(
+    ("file", "override", "text"),
+    [("absent.yaml", "training.steps=3", "cannot read"), ("run.yaml", "training.stepz=3", "did you mean 'steps'")],
+)
+def test_a_bad_configuration_ends_before_the_launcher_starts(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    file: str,
+    override: str,
+    text: str,
+) -> None:
+    (tmp_path / "run.yaml").write_text(json.dumps(settings(tmp_path / "run", tmp_path)))
+    monkeypatch.setattr(launch.subprocess, "Popen", lambda *words, **options: pytest.fail("the launcher was started"))
+    assert launch.main(["--ranks", "2", str(tmp_path / file), override]) == 2
+    assert text in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("values", [("3", "2"), ("x", "2"), ("-1", "2")])
 def test_impossible_ranks_are_refused(monkeypatch: pytest.MonkeyPatch, values: tuple[str, str]) -> None:
     monkeypatch.setenv("RANK", values[0])
     monkeypatch.setenv("WORLD_SIZE", values[1])
     with pytest.raises(ValueError, match="RANK"):
         environment()
+
+
+def test_decays_that_differ_have_names_that_differ() -> None:
+    ordinary = {0.9: "ema_0.9", 0.99: "ema_0.99", 0.999: "ema_0.999", 0.9999: "ema_0.9999", 0.0: "ema_0"}
+    assert {decay: ema_kind(decay) for decay in ordinary} == ordinary
+    near = (0.9999999, 0.99999991, 0.99999990000001)
+    assert len({ema_kind(decay) for decay in near}) == len(near)
+    assert [float(ema_kind(decay).removeprefix("ema_")) for decay in near] == list(near)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -87,3 +89,30 @@ def test_a_missing_library_is_said_and_survived(tmp_path: Path, monkeypatch: pyt
 def test_names_and_numbers_of_a_record() -> None:
     record = {"kind": "validation", "step": 3, "time": 1.0, "loss": 0.5, "by": [1.0, 2.0], "mfu": None, "ok": True}
     assert tracking._scalars(record) == {"validation/loss": 0.5, "validation/by/00": 1.0, "validation/by/01": 2.0}
+
+
+@pytest.mark.parametrize(
+    ("configured", "asked", "mode"),
+    [
+        ("online", None, "online"),
+        ("online", "offline", "offline"),
+        ("online", "disabled", "disabled"),
+        ("offline", "online", "offline"),
+        ("offline", "disabled", "disabled"),
+    ],
+)
+def test_the_environment_can_keep_wandb_off_the_network(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, configured: str, asked: str | None, mode: str
+) -> None:
+    modes: list[str] = []
+    wandb = SimpleNamespace(
+        Settings=lambda **options: None,
+        init=lambda mode, **options: modes.append(mode) or SimpleNamespace(log=None, finish=lambda: None),
+    )
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    if asked is not None:
+        monkeypatch.setenv("WANDB_MODE", asked)
+    open_tracker(tiny_config(tmp_path, tmp_path, tracking__wandb=configured), tmp_path).finish()
+    assert modes == ([] if mode == "disabled" else [mode])
+    assert not events.snapshot()
