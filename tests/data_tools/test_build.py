@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 import shutil
+import time
 from pathlib import Path
 
 import numpy as np
@@ -15,8 +17,10 @@ from dt_videos import make_video, real_clips, run_ffmpeg
 from ardist.data.manifest import load_manifest
 from ardist.data.tar_index import TarIndex, build_index
 from ardist.errors import ConfigError, DataError
+from ardist.storage import open_storage
 from data_tools import layout
 from data_tools.cli import main
+from data_tools.freeze import load_plan
 
 
 def test_what_comes_out(three_videos: Path, tmp_path: Path) -> None:
@@ -41,6 +45,12 @@ def test_what_comes_out(three_videos: Path, tmp_path: Path) -> None:
         assert info["class_id"] is None
         assert info["frames"] == 4
     assert quarantine(tmp_path / "out") == []
+    plan = load_plan(open_storage(tmp_path / "out"))
+    assert plan is not None
+    planned = [clip.key for number in range(plan.num_shards) for clip in plan.clips(number)]
+    assert list(found) == planned, "samples do not stand in the order of the plan"
+    assert manifest.created == plan.created
+    assert abs(time.time() - datetime.datetime.fromisoformat(plan.created).timestamp()) < 600
     for shard in manifest.shards:
         index = build_index(tmp_path / "out" / shard.name, shape=shard.shape, dtype=shard.dtype)
         assert index.to_bytes() == (tmp_path / "out" / shard.index_name).read_bytes()
