@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -9,16 +10,20 @@ from ardist.config import TrainConfig, batch_layout
 from ardist.data.manifest import Manifest, load_manifest
 from ardist.data.order import check_layout
 from ardist.errors import ArdistError, CheckpointError, ConfigError, DataError
+from ardist.events import events
 from ardist.training import commit as commits
 from ardist.training.commit import Commit
 from ardist.training.dataset import TrainingSet, paths, shares
 from ardist.training.deepspeed_overrides import override_problems
-from ardist.training.distributed import uses_gpu
+from ardist.training.distributed import environment, uses_gpu
 
-IDENTITY = ("task", "denoiser", "ar_vae")
-"""Settings that a checkpoint must share with the run that resumes it."""
+_log = logging.getLogger("ardist.training")
 
 DIFFUSION_IDENTITY = ("num_timesteps", "schedule", "target")
+"""Settings of the diffusion that a checkpoint must share with the run that resumes it, as it must the model's."""
+
+OTHER_TASKS_SECTIONS = {"denoiser": ("ar_vae", "augmentation"), "ar_vae": ("denoiser", "diffusion")}
+"""Sections of a configuration that a task does not read."""
 
 
 def check_run(config: TrainConfig, world_size: int, checkpoints: Path) -> TrainingSet:
@@ -39,14 +44,36 @@ def check_run(config: TrainConfig, world_size: int, checkpoints: Path) -> Traini
     if held_out is not None:
         problems += [f"validation.path: {problem}" for problem in _shape_problems(config, held_out)]
     problems += override_problems(config.deepspeed)
-    problems += _checkpoint_problems(config, checkpoints)
-    everything = problems + data_problems
     complete = tuple(manifest for manifest in manifests.values() if manifest is not None)
-    if not everything and len(complete) == len(manifests):
-        return TrainingSet(complete, shares(config.data))
+    data = TrainingSet(complete, shares(config.data)) if len(complete) == len(manifests) else None
+    problems += _autoencoder_problems(manifests, held_out)
+    problems += _checkpoint_problems(config, data, checkpoints)
+    everything = problems + data_problems
+    if data is not None and not everything:
+        _announce(config, world_size)
+        return data
     noun = "problem" if len(everything) == 1 else "problems"
     message = f"this run cannot start, {len(everything)} {noun}:\n" + "\n".join(f"  {line}" for line in everything)
     raise ConfigError(message) if problems else DataError(message)
+
+
+def _announce(config: TrainConfig, world_size: int) -> None:
+    """Say once per run what is done otherwise than a reader of the configuration would think."""
+    if environment()[0] != 0:
+        return
+    for name in OTHER_TASKS_SECTIONS[config.task]:
+        # A resolved configuration gives every section; only one that says something is worth a word.
+        if name in config.model_fields_set and getattr(config, name) != TrainConfig.model_fields[name].default:
+            events.count("config.unused_section", section=name, task=config.task)
+    micro, accumulation = batch_layout(config.training, world_size)
+    if micro != config.training.micro_batch_size:
+        _log.info(
+            "micro batches of %d clips instead of training.micro_batch_size=%d: a rank's %d clips of a step are cut "
+            "into equal parts",
+            micro,
+            config.training.micro_batch_size,
+            micro * accumulation,
+        )
 
 
 def _manifest(path: str, problems: list[str]) -> Manifest | None:
@@ -125,15 +152,38 @@ def _shape_problems(config: TrainConfig, manifest: Manifest) -> Iterator[str]:
             yield f"holds frames of {height}x{width}; the AR-VAE needs multiples of patch_size={autoencoder.patch_size}"
 
 
-def _checkpoint_problems(config: TrainConfig, checkpoints: Path) -> Iterator[str]:
-    """A run directory whose newest readable commit is of another model is refused before anything starts."""
+def _autoencoder_problems(manifests: Mapping[str, Manifest | None], held_out: Manifest | None) -> Iterator[str]:
+    """Latents of two autoencoders have nothing in common, whatever their shapes."""
+    named = {f"data, {path!r}": manifest for path, manifest in manifests.items()} | {"validation.path": held_out}
+    makers = {name: found.vae.weights_digest for name, found in named.items() if found is not None and found.vae}
+    for name, digest in makers.items():
+        first, wanted = next(iter(makers.items()))
+        if digest != wanted:
+            yield f"{name}: its latents are of the AR-VAE {digest[:12]}…, those of {first} of {wanted[:12]}…"
+
+
+def _checkpoint_problems(config: TrainConfig, data: TrainingSet | None, checkpoints: Path) -> Iterator[str]:
+    """A run directory whose newest readable commit is of another model or data order is refused before any start."""
     for path in commits.candidates(checkpoints):
         try:
             commit = commits.read_commit(path)
         except CheckpointError:
             continue  # the resume will say so, count it and take the one before
         yield from identity_problems(commit, config)
+        yield from _order_problems(commit, config, data)
         return
+
+
+def _order_problems(commit: Commit, config: TrainConfig, data: TrainingSet | None) -> Iterator[str]:
+    """Differences in what fixes the order of the samples, of which a resumed run continues at its place."""
+    state = commit.state.get("data", {})
+    for name, mine in (("seed", config.seed), ("data.lanes", config.data.lanes), ("data.window", config.data.window)):
+        saved = state.get(name.rpartition(".")[2], mine)
+        if saved != mine:
+            yield _other_run(name, f"{saved!r} -> {mine!r}", commit)
+    if data is not None and commit.manifest_digest is not None and commit.manifest_digest != data.digest:
+        details = f"dataset {commit.manifest_digest[:12]}… -> {data.digest[:12]}…"
+        yield _other_run("data.mixture" if config.data.mixture else "data.path", details, commit)
 
 
 def identity_problems(commit: Commit, config: TrainConfig) -> Iterator[str]:
@@ -141,7 +191,7 @@ def identity_problems(commit: Commit, config: TrainConfig) -> Iterator[str]:
     ours, theirs = config.model_dump(mode="json"), commit.config
     if not theirs:
         return
-    pairs = [(name, ours.get(name), theirs.get(name)) for name in IDENTITY]
+    pairs = [(name, ours.get(name), theirs.get(name)) for name in ("task", config.task)]
     if config.task == "denoiser":
         pairs += [
             (f"diffusion.{name}", ours["diffusion"][name], theirs.get("diffusion", {}).get(name))

@@ -12,7 +12,9 @@ import torch
 from tiny import settings, tiny_config, write_latents, write_pixels
 
 from ardist.config import TrainConfig, check
+from ardist.data.manifest import load_manifest, write_manifest
 from ardist.errors import ArdistError, ConfigError, DataError
+from ardist.events import events
 from ardist.training import commit as commits
 from ardist.training.commit import Commit
 from ardist.training.deepspeed_overrides import KNOWN_KEYS
@@ -173,6 +175,69 @@ def test_the_checkpoint_of_another_run_is_refused(
     check_run(tiny_config(tmp_path, data, optimizer__lr=1.0), 1, tmp_path / "checkpoints")
     with pytest.raises(ConfigError, match=text):
         check_run(tiny_config(tmp_path, data, **changes), 1, tmp_path / "checkpoints")
+
+
+@pytest.mark.parametrize(
+    ("changes", "text"),
+    [
+        ({"seed": 1}, "seed: .*step 5.*0 -> 1"),
+        ({"data__lanes": 8}, "data.lanes: .*4 -> 8"),
+        ({"data__window": 9}, "data.window: .*8 -> 9"),
+    ],
+)
+def test_another_order_of_the_samples_is_refused(
+    tmp_path: Path, data: Path, changes: dict[str, Any], text: str
+) -> None:
+    config = tiny_config(tmp_path, data)
+    digest = load_manifest(str(data)).digest()
+    order = {"version": 1, "manifest": digest, "seed": 0, "lanes": 4, "window": 8, "epoch": 0, "consumed": 40}
+    write_checkpoint(tmp_path, config, state={"data": order}, manifest_digest=digest)
+    check_run(config, 1, tmp_path / "checkpoints")
+    with pytest.raises(ConfigError, match=text):
+        check_run(tiny_config(tmp_path, data, **changes), 1, tmp_path / "checkpoints")
+
+
+def test_a_resume_on_another_dataset_is_refused_with_the_other_problems(tmp_path: Path, data: Path) -> None:
+    write_checkpoint(tmp_path, tiny_config(tmp_path, data), state={"data": {"seed": 3}}, manifest_digest="f" * 64)
+    with pytest.raises(ConfigError, match="(?s)2 problems.*seed: .*data.path: .*dataset ffffffffffff… -> "):
+        check_run(tiny_config(tmp_path, data), 1, tmp_path / "checkpoints")
+
+
+def test_a_section_of_the_other_task_does_not_block_a_resume_but_is_told(tmp_path: Path, data: Path) -> None:
+    write_checkpoint(tmp_path, tiny_config(tmp_path, data))
+    events.clear()
+    check_run(tiny_config(tmp_path, data), 1, tmp_path / "checkpoints")
+    assert not events.snapshot()
+    changes: dict[str, Any] = {"ar_vae": {"preset": "tiny"}, "augmentation__shift": 1}
+    check_run(tiny_config(tmp_path, data, **changes), 1, tmp_path / "checkpoints")
+    assert events.snapshot() == {"config.unused_section": 2}
+    events.clear()
+
+
+def test_a_micro_batch_that_does_not_divide_is_told(
+    tmp_path: Path, data: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", logger="ardist.training")
+    check_run(tiny_config(tmp_path, data), 1, tmp_path)
+    assert not caplog.messages
+    check_run(tiny_config(tmp_path, data, training__micro_batch_size=6), 1, tmp_path)
+    assert "micro batches of 4 clips instead of training.micro_batch_size=6" in caplog.messages[0]
+
+
+def test_latents_of_two_autoencoders_do_not_mix(tmp_path: Path, data: Path) -> None:
+    other = write_latents(tmp_path / "other", samples=16, seed=1)
+    manifest = load_manifest(str(other))
+    assert manifest.vae is not None
+    identity = manifest.vae.model_copy(update={"weights_digest": "a" * 64})
+    (other / "manifest.json").unlink()
+    write_manifest(other, manifest.model_copy(update={"vae": identity}))
+    with pytest.raises(
+        ConfigError, match="validation.path: its latents are of the AR-VAE aaaaaaaaaaaa…, those of data"
+    ):
+        check_run(tiny_config(tmp_path, data, validation__path=str(other)), 1, tmp_path)
+    parts = [{"path": str(path), "weight": 1} for path in (data, other)]
+    with pytest.raises(ConfigError, match="other': its latents are of the AR-VAE aaaaaaaaaaaa…"):
+        check_run(tiny_config(tmp_path, data, data__path="", data__mixture=parts), 1, tmp_path)
 
 
 def test_a_commit_of_another_version_or_with_a_flipped_digit_is_refused(tmp_path: Path, data: Path) -> None:
