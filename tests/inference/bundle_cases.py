@@ -29,10 +29,11 @@ def make_ar_vae(directory: Path, **changes: Any) -> Path:
     }
     model = ARVAE(preset("tiny", **small | changes))
     with torch.no_grad():
-        # A fresh decoder hardly looks at its latents.
+        # A fresh decoder hardly looks at its latents, and hardly shows what it sees.
         for parameter in model.decoder.parameters():
             if parameter.ndim > 1:
                 parameter.normal_(std=3 * parameter[0].numel() ** -0.5)
+        model.pixel_decoder.conv_out.weight.mul_(45)
     save_ar_vae(directory, model)
     return directory
 
