@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -41,12 +42,24 @@ KNOWN_KEYS = frozenset(
 """Settings at the top of a DeepSpeed configuration; DeepSpeed itself ignores every other key without a word."""
 
 
+def _non_finite(value: Any) -> Iterator[float]:
+    if isinstance(value, Mapping):
+        value = list(value.values())
+    if isinstance(value, list | tuple):
+        for item in value:
+            yield from _non_finite(item)
+    elif isinstance(value, float) and not math.isfinite(value):
+        yield value
+
+
 def override_problems(overrides: Mapping[str, Any]) -> Iterator[str]:
     """Why the overrides of ``config.deepspeed`` cannot be used, one line each."""
     zero = overrides.get("zero_optimization", {})
     if not isinstance(zero, Mapping):
         yield f"deepspeed.zero_optimization: a mapping of settings is expected, not {zero!r}"
         zero = {}
+    for key, value in overrides.items():
+        yield from (f"deepspeed.{key}: {number} is not a finite number" for number in _non_finite(value))
     for key in (*overrides, *(f"zero_optimization.{name}" for name in zero)):
         if key in OWN_KEYS:
             yield f"deepspeed.{key}: this is derived from {OWN_KEYS[key]}; set that instead"

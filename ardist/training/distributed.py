@@ -124,7 +124,15 @@ def start(timeout_minutes: float = 30.0) -> World:
 
 
 def stop() -> None:
-    """End the process group if there is one."""
+    """End the process group if there is one, so that the same process can start another."""
+    if not dist.is_initialized():
+        return
+    if "deepspeed" in sys.modules:
+        import deepspeed.comm
+
+        if deepspeed.comm.is_initialized():
+            # It keeps groups of its own, which a later engine would take for living ones.
+            deepspeed.comm.destroy_process_group()
     if dist.is_initialized():
         dist.destroy_process_group()
 

@@ -181,6 +181,10 @@ def _order_problems(commit: Commit, config: TrainConfig, data: TrainingSet | Non
         saved = state.get(name.rpartition(".")[2], mine)
         if saved != mine:
             yield _other_run(name, f"{saved!r} -> {mine!r}", commit)
+    if config.data.mixture and "weights" in state:
+        ours = {"mixture": config.data.mixture_by, "weights": [part.weight for part in config.data.mixture]}
+        if (saved := {name: state.get(name) for name in ours}) != ours:
+            yield _other_run("data.mixture", f"{saved!r} -> {ours!r}", commit)
     if data is not None and commit.manifest_digest is not None and commit.manifest_digest != data.digest:
         details = f"dataset {commit.manifest_digest[:12]}… -> {data.digest[:12]}…"
         yield _other_run("data.mixture" if config.data.mixture else "data.path", details, commit)

@@ -63,6 +63,7 @@ def problems(config: TrainConfig, ranks: int, monkeypatch: pytest.MonkeyPatch) -
         ({"deepspeed__zero_optimization__stage": 2}, 1, ["zero_optimization.stage: ", "training.zero_stage"]),
         ({"deepspeed__zero_optimization__offload_param": {}}, 1, ["offload_param: ", "training.offload;"]),
         ({"deepspeed__zero_optimization": True}, 1, ["deepspeed.zero_optimization: a mapping", "not True"]),
+        ({"deepspeed__timers": {"a": [{"b": float("nan")}]}}, 1, ["deepspeed.timers: nan is not a finite number"]),
         ({"deepspeed__wall_clock_brekdown": True}, 1, ["no such setting (did you mean 'wall_clock_breakdown'?)"]),
     ],
 )
@@ -195,6 +196,21 @@ def test_another_order_of_the_samples_is_refused(
     check_run(config, 1, tmp_path / "checkpoints")
     with pytest.raises(ConfigError, match=text):
         check_run(tiny_config(tmp_path, data, **changes), 1, tmp_path / "checkpoints")
+
+
+def test_another_mixture_of_the_same_datasets_is_refused(tmp_path: Path, data: Path) -> None:
+    other = write_latents(tmp_path / "other", samples=16, seed=1)
+
+    def mixed(weight: float, by: str) -> TrainConfig:
+        parts = [{"path": str(data), "weight": weight}, {"path": str(other), "weight": 1}]
+        return tiny_config(tmp_path, data, data__path="", data__mixture=parts, data__mixture_by=by)
+
+    order = {"version": 1, "mixture": "sample", "weights": [3.0, 1.0], "seed": 0, "lanes": 4, "window": 8}
+    write_checkpoint(tmp_path, mixed(3, "sample"), state={"data": order})
+    check_run(mixed(3, "sample"), 1, tmp_path / "checkpoints")
+    for other_mixture in (mixed(2, "sample"), mixed(3, "step")):
+        with pytest.raises(ConfigError, match=r"data.mixture: .*\[3.0, 1.0\].* -> "):
+            check_run(other_mixture, 1, tmp_path / "checkpoints")
 
 
 def test_a_resume_on_another_dataset_is_refused_with_the_other_problems(tmp_path: Path, data: Path) -> None:
