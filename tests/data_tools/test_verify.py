@@ -10,8 +10,10 @@ import pytest
 from dt_builds import build_small
 
 from ardist.data.manifest import MANIFEST_NAME
+from ardist.errors import DataError
 from data_tools import layout
 from data_tools.cli import main
+from data_tools.sealed import seal, unseal
 from data_tools.verify import verify
 
 
@@ -108,3 +110,13 @@ def test_command_line(dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixtu
     error = capsys.readouterr().err
     assert tar.name in error
     assert main(["verify", str(tmp_path / "nothing")]) == 3
+
+
+def test_a_seal_holds_for_every_byte() -> None:
+    fields = {"a": 1.5e-7, "b": ["x", None], "c": "ü\udcff"}
+    data = seal(fields)
+    assert unseal(data, "x") == fields
+    for changed in (data.replace(b",", b", ", 1), data.replace(b"e-07", b"E-07"), data[:-1], data + b" ", b"[]", b""):
+        assert changed != data
+        with pytest.raises(DataError, match="x is damaged"):
+            unseal(changed, "x")
