@@ -49,6 +49,8 @@ def test_what_comes_out(three_videos: Path, tmp_path: Path) -> None:
     assert plan is not None
     planned = [clip.key for number in range(plan.num_shards) for clip in plan.clips(number)]
     assert list(found) == planned, "samples do not stand in the order of the plan"
+    order = [(plan.sources[number].facts.sha256, start) for number, start in plan.rows.tolist()]  # type: ignore[union-attr]
+    assert order == sorted(order), "clips are ordered by their video's content, then by time"
     assert manifest.created == plan.created
     assert abs(time.time() - datetime.datetime.fromisoformat(plan.created).timestamp()) < 600
     for shard in manifest.shards:

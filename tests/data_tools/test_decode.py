@@ -121,6 +121,16 @@ def test_a_long_stretch_goes_through_a_file(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [path]
 
 
+def test_frames_that_do_not_come_are_noticed(tmp_path: Path) -> None:
+    """A decoder that ends well but early: nothing is made up."""
+    path = make_video(tmp_path / "a.mp4", frames=12)
+    facts = _look(path)
+    outcomes = list(decode_stretch(str(path), None, facts, [4, 8, 10], _target(facts), DecodeSettings()))
+    assert [starts for starts, _ in outcomes] == [[4], [8], [10]]
+    assert [isinstance(frames, Refusal) for _, frames in outcomes] == [False, False, True]
+    assert "only 2 of 4 frames came" in str(outcomes[2][1])
+
+
 def test_the_command_is_closed_to_the_world(tmp_path: Path) -> None:
     path = make_video(tmp_path / "a $(touch x).mp4")
     facts = _look(path)
