@@ -18,7 +18,7 @@ _MARGIN, _TITLE_HEIGHT = 4, 16
 
 
 def contact_sheet(
-    rows: Iterable[tuple[str, UInt8[ndarray, "f h w 3"]]], path: Path, *, max_columns: int = 16, cell: int = 96
+    rows: Iterable[tuple[str, UInt8[ndarray, "_ _ _ 3"]]], path: Path, *, max_columns: int = 16, cell: int = 96
 ) -> None:
     """A PNG with one titled row per clip, time running to the right.
 

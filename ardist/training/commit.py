@@ -151,19 +151,23 @@ def newest_valid(root: Path, step: int | None = None) -> tuple[Path, Commit]:
 
     Raises `CheckpointError` that lists what was wrong with each candidate.
     """
-    reasons = []
-    for path in candidates(root):
-        if step is not None and step_of(path) != step:
-            continue
-        try:
-            commit = read_commit(path)
-        except CheckpointError as error:
-            reasons.append(str(error))
-            continue
-        problem = next(filter(None, (check_part(path, part) for part in commit.parts)), None)
-        if problem is None:
-            return path, commit
-        reasons.append(f"{path.name}: {problem}")
+    reasons: list[str] = []
+    tried: set[Path] = set()
+    # A run that goes on may prune what was listed a moment ago; then there is a newer one to look at.
+    while fresh := [path for path in candidates(root) if path not in tried]:
+        tried.update(fresh)
+        for path in fresh:
+            if step is not None and step_of(path) != step:
+                continue
+            try:
+                commit = read_commit(path)
+            except CheckpointError as error:
+                reasons.append(str(error))
+                continue
+            problem = next(filter(None, (check_part(path, part) for part in commit.parts)), None)
+            if problem is None:
+                return path, commit
+            reasons.append(f"{path.name}: {problem}")
     wanted = "checkpoint" if step is None else f"checkpoint of step {step}"
     known = ", ".join(str(step_of(path)) for path in reversed(candidates(root))) or "none"
     details = "".join(f"\n  {reason}" for reason in reasons)
