@@ -15,7 +15,7 @@ from toy import snapshot, toy_config, toy_engine, toy_step
 
 from ardist.errors import CheckpointError
 from ardist.events import events
-from ardist.training import resume
+from ardist.training import commit, resume
 from ardist.training.checkpoint import CheckpointWriter
 from ardist.training.commit import candidates, newest_valid, read_commit, step_of
 
@@ -130,3 +130,17 @@ def _shapes(root: Path) -> str:
 def test_parts_that_do_not_tile_every_parameter_are_refused(tmp_path: Path) -> None:
     [message] = run_ranks(_shapes, 1, tmp_path)
     assert "parameter 'extra' is not complete over the parts" in message
+
+
+def _one_step(root: Path) -> None:
+    engine = toy_engine(toy_config(zero_stage=1))
+    CheckpointWriter(root, engine.fragments, None).save(snapshot(1), wait=True)
+
+
+def test_a_checkpoint_pruned_while_it_is_looked_at_leads_to_the_newer_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_ranks(_one_step, 1, tmp_path)
+    listings = iter([[tmp_path / "step-00000000"]])
+    monkeypatch.setattr(commit, "candidates", lambda root: next(listings, candidates(root)))
+    assert newest_valid(tmp_path)[1].step == 1
