@@ -22,6 +22,7 @@ import shutil
 import statistics
 import subprocess
 import sys
+import sysconfig
 import tempfile
 import time
 import venv
@@ -43,6 +44,7 @@ from ardist.data.sample import SampleInfo, sample_key
 from ardist.data.shard_writer import Sample, write_shard
 
 PEERS = ["litdata", "mosaicml-streaming", "torchdata"]
+WHAT_PEERS_IMPORT = ["lightning-utilities", "obstore", "brotli", "zstd", "python-snappy", "cramjam", "catalogue"]
 READERS_FILE = Path(__file__).with_name("loader_readers.py")
 
 
@@ -153,11 +155,18 @@ def measure(
 
 
 def peers_environment(folder: Path, create: bool) -> str:
-    """The Python of the environment that holds the peers; installs them there first when asked to."""
+    """The Python of the environment that holds the peers; makes it first when asked to.
+
+    The environment sees the packages of this one and adds the peers without what they depend on, because pip would
+    replace torch for them.
+    """
     python = folder / "bin" / "python"
     if create:
         venv.create(folder, with_pip=True)
-        subprocess.run([python, "-m", "pip", "install", "-q", *PEERS, "numpy"], check=True)
+        own = sysconfig.get_path("purelib", vars={"base": str(folder)})
+        (Path(own) / "measuring_environment.pth").write_text(sysconfig.get_path("purelib"))
+        packages = [*PEERS, *WHAT_PEERS_IMPORT]
+        subprocess.run([python, "-m", "pip", "install", "-q", "--no-deps", *packages], check=True)
     if not python.exists():
         raise SystemExit(f"{folder} holds no Python environment; make one with --create-peers {folder}")
     return str(python)
@@ -229,7 +238,7 @@ def main() -> None:
     console.print(f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}\n")
     profiles = [
         Profile("small", (16, 64, 4), options.small, 1000, 64 * 2**20),
-        Profile("large", (16, 1024, 32), options.large, 40, 512 * 2**20),
+        Profile("large", (16, 1024, 32), options.large, 40, 256 * 2**20),
     ]
     for profile in (profile for profile in profiles if profile.samples):
         folder = options.folder / profile.name

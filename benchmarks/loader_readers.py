@@ -8,10 +8,14 @@ alike.
 from __future__ import annotations
 
 import argparse
+import importlib.abc
+import importlib.machinery
 import json
 import os
 import resource
+import sys
 import time
+import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -143,8 +147,36 @@ def litdata_2(options: argparse.Namespace) -> Iterator[torch.Tensor]:
     yield from _litdata(options, WORKERS)
 
 
+class _Absent(types.ModuleType):
+    """A package in which every name is an empty class."""
+
+    __path__ = ()
+
+    def __getattr__(self, name: str) -> Any:
+        return type(name, (), {})
+
+
+class _AbsentFinder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    """mosaicml-streaming imports torchvision and transformers for datasets that are not used here.
+
+    They need their very own torch, so empty packages stand in for them.
+    """
+
+    def find_spec(self, fullname: str, path: Any, target: Any = None) -> importlib.machinery.ModuleSpec | None:
+        if fullname.partition(".")[0] not in ("torchvision", "transformers"):
+            return None
+        return importlib.machinery.ModuleSpec(fullname, self, is_package=True)
+
+    def create_module(self, spec: importlib.machinery.ModuleSpec) -> types.ModuleType:
+        return _Absent(spec.name)
+
+    def exec_module(self, module: types.ModuleType) -> None:
+        """Nothing to run."""
+
+
 def prepare_mosaic(options: argparse.Namespace) -> None:
     """Rewrite the tars as MDS shards."""
+    sys.meta_path.insert(0, _AbsentFinder())
     from streaming import MDSWriter
 
     with MDSWriter(out=f"{options.converted}/mosaic", columns={"x": "ndarray"}) as writer:
@@ -164,6 +196,7 @@ def mosaic_2(options: argparse.Namespace) -> Iterator[torch.Tensor]:
 
 
 def _mosaic(options: argparse.Namespace, workers: int) -> Iterator[torch.Tensor]:
+    sys.meta_path.insert(0, _AbsentFinder())
     from streaming import StreamingDataLoader, StreamingDataset
 
     yield READY
