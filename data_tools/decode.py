@@ -1,8 +1,9 @@
-"""From a video to its clips: decode a stretch, and where that fails, halve it until the damage is cornered."""
+"""From a video to its clips: decode a stretch; where it is damaged, keep the clips that the damage does not touch."""
 
 from __future__ import annotations
 
 import functools
+import logging
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -11,9 +12,12 @@ from pathlib import Path
 
 import numpy as np
 
+from ardist.events import events
+from data_tools.damage import Interval, touches
 from data_tools.ffmpeg_graph import DecodeRequest, command_line
 from data_tools.frame_stream import Frames, FrameStream
 from data_tools.probe import VideoFacts
+from data_tools.probe_pool import ProbeChild
 from data_tools.reasons import Reason, Refusal
 
 STRETCH_BYTES, STRETCH_FRAMES = 128 * 2**20, 2048
@@ -21,9 +25,6 @@ STRETCH_BYTES, STRETCH_FRAMES = 128 * 2**20, 2048
 
 SECONDS_PER_FRAME = 0.1
 """Slower than this, a frame counts as a hang; added to the timeout for every frame that must be decoded."""
-
-_WHOLE = frozenset(Reason) - {Reason.DAMAGED}
-"""Refusals that halving cannot narrow down, or that cost too much to be met more than once."""
 
 
 @dataclass(frozen=True)
@@ -71,36 +72,107 @@ def decode_stretch(
     """Consecutive groups of the clips that begin at grid frames `starts` (ascending), in order.
 
     With each group come its frames uint8 [n, H, W, 3], the first of which is the first clip's first, or why there
-    are none. Which clips are refused depends on the file alone: a stretch counts only when its process ended well,
-    else both halves are tried by themselves, down to single clips.
+    are none. Which clips are refused for damage depends on the file alone: a stretch without any is taken as it is,
+    else every clip is judged by where the damage lies.
     """
-    count = starts[-1] + target.num_frames - starts[0]
-    request = DecodeRequest(facts, starts[0], count, target.fps, target.size, target.max_pixels)
+    request = _request(facts, starts, target)
     try:
-        yield list(starts), _frames(path, version, request, settings)
+        yield list(starts), _frames(path, version, request, settings, strict=True)
         return
     except Refusal as refusal:
-        if len(starts) == 1 or refusal.reason in _WHOLE:
+        if refusal.reason is not Reason.DAMAGED:
             yield list(starts), refusal
             return
-    half = len(starts) // 2
-    for part in (starts[:half], starts[half:]):
-        yield from decode_stretch(path, version, facts, part, target, settings)
+    events.count("build.damage_judged", level=logging.INFO, clips=len(starts))
+    try:
+        with ProbeChild(timeout=settings.timeout) as child:
+            damage = child.damage(path, version, facts, target.max_pixels)
+    except Refusal as refusal:
+        yield list(starts), refusal
+        return
+    for group, why in _sound_groups(facts, starts, target, damage):
+        if why is not None:
+            yield group, why
+            continue
+        try:
+            yield group, _frames(path, version, _request(facts, group, target), settings, strict=False)
+        except Refusal as refusal:
+            yield from _one_by_one(path, version, facts, group, target, settings, refusal)
 
 
-def _frames(path: str, version: str | None, request: DecodeRequest, settings: DecodeSettings) -> Frames:
-    """All frames of a request; raises `Refusal` unless every one came and the process ended well."""
+def _request(facts: VideoFacts, starts: Sequence[int], target: Target) -> DecodeRequest:
+    count = starts[-1] + target.num_frames - starts[0]
+    return DecodeRequest(facts, starts[0], count, target.fps, target.size, target.max_pixels)
+
+
+def _sound_groups(
+    facts: VideoFacts, starts: Sequence[int], target: Target, damage: Sequence[Interval]
+) -> Iterator[tuple[list[int], Refusal | None]]:
+    """Runs of clips that no damage touches, and each other clip by itself with its refusal; in order."""
+    group: list[int] = []
+    for start in starts:
+        why = _touched(_request(facts, [start], target), damage)
+        if why is None:
+            group.append(start)
+            continue
+        if group:
+            yield group, None
+        yield [start], why
+        group = []
+    if group:
+        yield group, None
+
+
+def _touched(request: DecodeRequest, damage: Sequence[Interval]) -> Refusal | None:
+    """Why a clip is refused: damage to a frame that it shows. Rounding to the grid counts as half a frame."""
+    if request.facts.by_index:
+        # Without times the damage cannot be placed: what a video without times holds is whole or refused.
+        return Refusal(Reason.DAMAGED, "damaged, and without times that could tell where") if damage else None
+    half = max(1 / request.fps, 1 / Fraction(request.facts.rate)) / 2
+    first = request.begin - Fraction(request.facts.max_gap) - half
+    last = request.begin + (request.count - 1) / request.fps + half
+    found = touches(damage, first, last)
+    if found is None:
+        return None
+    until = "the end" if found[1] is None else f"{float(found[1]):.3f} s"
+    return Refusal(Reason.DAMAGED, f"damaged from {float(found[0]):.3f} s to {until}")
+
+
+def _one_by_one(
+    path: str,
+    version: str | None,
+    facts: VideoFacts,
+    group: list[int],
+    target: Target,
+    settings: DecodeSettings,
+    refusal: Refusal,
+) -> Iterator[tuple[list[int], Frames | Refusal]]:
+    """Clips of a sound group of which not all frames came: those whose frames do come by themselves are kept."""
+    if len(group) == 1 or refusal.reason is not Reason.DAMAGED:
+        yield group, refusal
+        return
+    for start in group:
+        try:
+            yield [start], _frames(path, version, _request(facts, [start], target), settings, strict=False)
+        except Refusal as why:
+            yield [start], why
+
+
+def _frames(
+    path: str, version: str | None, request: DecodeRequest, settings: DecodeSettings, *, strict: bool
+) -> Frames:
+    """All frames of a request; raises `Refusal` unless every one came and, if `strict`, the process ended well."""
     frames = _room((request.count, request.size, request.size, 3), settings)
-    command = functools.partial(command_line, request)
+    command = functools.partial(command_line, request, strict=strict)
     # A hanging decoder is given up soon, an honest one with a long way to go is not.
     patience = settings.timeout + SECONDS_PER_FRAME * request.decoded_frames
     with FrameStream(path, version, command, timeout=patience, memory=settings.memory) as stream:
         got = stream.read_into(frames)
         complaint = stream.finish()
-    if complaint:
-        raise Refusal(Reason.DAMAGED, complaint.replace("file:/dev/fd/", "fd "))
     if got < request.count:
         raise Refusal(Reason.DAMAGED, f"only {got} of {request.count} frames came")
+    if complaint and strict:
+        raise Refusal(Reason.DAMAGED, complaint.replace("file:/dev/fd/", "fd "))
     return frames
 
 

@@ -48,12 +48,11 @@ class DecodeRequest:
         return self.begin + self.count / self.fps + Fraction(self.facts.max_gap) + 1 / Fraction(self.facts.rate)
 
 
-def command_line(request: DecodeRequest, descriptor: int) -> list[str]:
+def command_line(request: DecodeRequest, descriptor: int, *, strict: bool) -> list[str]:
     """ffmpeg's argument list for a request; the video is the inherited `descriptor`, never a name.
 
-    The input is limited rather than the output, and any error ends the process with a status: so the status tells
-    exactly whether the packets of this stretch are sound, whatever the timing of ffmpeg's threads. A few frames
-    more than asked for may come.
+    The input is limited rather than the output, so nothing far behind the wanted frames is touched; a few frames
+    more than asked for may come. With `strict` any damage ends the process with a status, else it goes on.
     """
     facts = request.facts
     options: dict[str, Any] = {
@@ -64,7 +63,8 @@ def command_line(request: DecodeRequest, descriptor: int) -> list[str]:
         "threads": 1,
         "reinit_filter": 0,
     }
-    if not facts.by_index:
+    # Where times are not exact all is read: then nothing depends on how far threads ran ahead of a limit.
+    if not facts.by_index and not facts.decoding_times:
         # ffmpeg counts both from the container's start.
         zero, seek = Fraction(facts.container_start), request.seek
         if seek is not None:
@@ -74,7 +74,8 @@ def command_line(request: DecodeRequest, descriptor: int) -> list[str]:
     stream = _on_grid(stream, request)
     stream = _to_rgb(stream, facts, request.size)
     output = ffmpeg.output(stream, "pipe:1", format="rawvideo", pix_fmt="rgb24", fps_mode="passthrough", threads=1)
-    words = ("-nostdin", "-hide_banner", "-loglevel", "error", "-xerror", "-copyts", "-filter_complex_threads", "1")
+    words = ["-nostdin", "-hide_banner", "-loglevel", "error", "-copyts", "-filter_complex_threads", "1"]
+    words += ["-xerror"] if strict else []
     return [str(word) for word in ffmpeg.compile(output.global_args(*words), cmd=ffmpeg_binary())]
 
 

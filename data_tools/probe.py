@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import itertools
 import os
 import stat
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from fractions import Fraction
 from typing import TYPE_CHECKING, Any
@@ -33,7 +35,10 @@ _PROGRESSIVE = (0, 1)
 
 @dataclass(frozen=True)
 class VideoFacts:
-    """All that planning and decoding need to know about one good video; times in seconds as fractions."""
+    """All that planning and decoding need to know about one good video; times in seconds as fractions.
+
+    `decoding_times`: some packets say only when they are decoded, so frames are placed to within the reordering.
+    """
 
     sha256: str
     format: str
@@ -50,6 +55,7 @@ class VideoFacts:
     count: int
     max_gap: str
     by_index: bool
+    decoding_times: bool
     interlaced: bool
     alpha: bool
     hdr: bool
@@ -131,12 +137,16 @@ def _hash(descriptor: int) -> str:
     return digest.hexdigest()
 
 
+def demux_options() -> dict[str, str]:
+    """What a demuxer may open: this file, as one of the allowed containers."""
+    return {"protocol_whitelist": PROTOCOLS, "format_whitelist": ",".join(ALLOWED_FORMATS)}
+
+
 def _demux(url: str, sha256: str, caps: ProbeCaps) -> VideoFacts:
     import av
 
-    options = {"protocol_whitelist": PROTOCOLS, "format_whitelist": ",".join(ALLOWED_FORMATS)}
     try:
-        container = av.open(url, options=options, metadata_errors="replace")
+        container = av.open(url, options=demux_options(), metadata_errors="replace")
     except (av.FFmpegError, ValueError, UnicodeError) as error:
         raise Refusal(Reason.FORMAT, f"not a video container that is allowed: {_plain(error)}") from None
     with container:
@@ -203,13 +213,14 @@ def _facts(container: InputContainer, stream: VideoStream, sha256: str, caps: Pr
     times: list[int | None] = []
     keys: list[int] = []
     frames: list[Any] = []
-    decodable, encrypted = True, False
+    decodable, encrypted, decoding_times = True, False, False
     limit = int(caps.max_seconds * 250)
     try:
         for packet in container.demux(stream):
             if packet.size == 0:
                 continue  # the end, or a repeated frame, which decoders pass over
             encrypted = encrypted or packet.has_sidedata("encryption_info")
+            decoding_times = decoding_times or packet.pts is None
             if not packet.is_discard:
                 time = packet.pts if packet.pts is not None else packet.dts
                 times.append(time)
@@ -254,12 +265,18 @@ def _facts(container: InputContainer, stream: VideoStream, sha256: str, caps: Pr
         count=line.count,
         max_gap=str(line.max_gap),
         by_index=line.by_index,
+        # AVI and its like store no times of showing: where frames are reordered, the times in the file are of decoding.
+        decoding_times=decoding_times or (not seekable and context.has_b_frames and _ascending(times)),
         interlaced=bool(first.interlaced_frame) or context.field_order not in _PROGRESSIVE,
         alpha=known_alpha,
         hdr=int(first.color_trc) in (_TRANSFER_PQ, _TRANSFER_HLG),
         matrix_unknown=int(first.colorspace) == _UNSPECIFIED,
         keyframes=_sparse(sorted(keys), stream.time_base) if seekable else (),
     )
+
+
+def _ascending(times: Sequence[int | None]) -> bool:
+    return all(a is not None and b is not None and a < b for a, b in itertools.pairwise(times))
 
 
 def _decode(packet: Any, frames: list[Any]) -> bool:

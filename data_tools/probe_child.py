@@ -8,14 +8,18 @@ import resource
 import sys
 from typing import Any
 
+from data_tools.damage import find_damage
 from data_tools.probe import ProbeCaps, probe
 from data_tools.reasons import Reason, Refusal
 from data_tools.sandbox import Limits, die_with_parent, limit_self
 
 
 def answer(request: dict[str, Any]) -> dict[str, Any]:
-    """{"facts": …} or {"reason": …, "detail": …} for one video."""
+    """{"facts": …}, {"damage": …} or {"reason": …, "detail": …} for one video."""
     try:
+        if request["what"] == "damage":
+            found = find_damage(request["path"], request["version"], request["stream"], request["max_pixels"])
+            return {"damage": [[str(start), None if end is None else str(end)] for start, end in found]}
         facts = probe(request["path"], request["version"], ProbeCaps(**request["caps"]))
     except Refusal as refusal:
         return {"reason": str(refusal.reason), "detail": refusal.detail}

@@ -13,15 +13,19 @@ import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
+from fractions import Fraction
+from typing import Any
 
 from ardist.events import events
+from data_tools.damage import Interval
 from data_tools.probe import ProbeCaps, VideoFacts
 from data_tools.reasons import Reason, Refusal
 from data_tools.sandbox import kill_group
 
 MAX_ANSWER = 4 * 2**20
 SLOWEST_BYTES_PER_SECOND = 20e6
-"""A file is given its size over this in addition to the timeout: all of it is read."""
+SLOWEST_SECONDS_PER_FRAME = 0.1
+"""Added to the timeout for the bytes, or the frames, that have to be gone through."""
 
 REQUESTS_PER_CHILD = 1000
 """A child is replaced after this many videos, so that a leak in a demuxer stays small."""
@@ -37,12 +41,21 @@ class ProbeChild:
 
     def probe(self, path: str, version: str | None, caps: ProbeCaps, size: int = 0) -> VideoFacts:
         """Facts about one video of `size` bytes; raises `Refusal`, also for a video that kills the child."""
-        patience = self._timeout + size / SLOWEST_BYTES_PER_SECOND
+        request = {"what": "probe", "path": path, "version": version, "caps": asdict(caps)}
+        return VideoFacts.from_json(self._ask(request, self._timeout + size / SLOWEST_BYTES_PER_SECOND)["facts"])
+
+    def damage(self, path: str, version: str | None, facts: VideoFacts, max_pixels: int) -> list[Interval]:
+        """Damaged intervals of a video; raises `Refusal` when it cannot be opened or kills the child."""
+        request = {"what": "damage", "path": path, "version": version, "stream": facts.stream, "max_pixels": max_pixels}
+        found = self._ask(request, self._timeout + facts.count * SLOWEST_SECONDS_PER_FRAME)["damage"]
+        return [(Fraction(start), None if end is None else Fraction(end)) for start, end in found]
+
+    def _ask(self, request: dict[str, Any], patience: float) -> dict[str, Any]:
         if self._served >= REQUESTS_PER_CHILD:
             self.close()
         process = self._process or self._start()
         self._served += 1
-        request = {"path": path, "version": version, "caps": asdict(caps), "cpu_seconds": max(1, int(patience))}
+        request["cpu_seconds"] = max(1, int(patience))
         assert process.stdin is not None
         try:
             process.stdin.write(json.dumps(request).encode() + b"\n")
@@ -50,9 +63,15 @@ class ProbeChild:
             fields = json.loads(self._answer(process, patience))
         except (OSError, EOFError, ValueError) as error:
             raise self._post_mortem(process, error, patience) from None
-        if "facts" in fields:
-            return VideoFacts.from_json(fields["facts"])
-        raise Refusal(Reason(fields["reason"]), fields["detail"])
+        if "reason" in fields:
+            raise Refusal(Reason(fields["reason"]), fields["detail"])
+        return dict(fields)
+
+    def __enter__(self) -> ProbeChild:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def close(self) -> None:
         """End the child."""

@@ -134,7 +134,7 @@ def test_frames_that_do_not_come_are_noticed(tmp_path: Path) -> None:
 def test_the_command_is_closed_to_the_world(tmp_path: Path) -> None:
     path = make_video(tmp_path / "a $(touch x).mp4")
     facts = _look(path)
-    words = command_line(DecodeRequest(facts, 0, 4, Fraction(12), 16, 1000), 7)
+    words = command_line(DecodeRequest(facts, 0, 4, Fraction(12), 16, 1000), 7, strict=True)
     assert not any("touch" in word for word in words)
     options = dict(itertools.pairwise(words[: words.index("-i") + 2]))
     assert options["-i"] == "file:/dev/fd/7"
