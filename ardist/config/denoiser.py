@@ -41,7 +41,15 @@ class DenoiserConfig(Section):
     window: int | None = Field(None, ge=1, description="frames a frame may look back to, itself included; null: all")
     positions: Literal["rope", "rope_1d", "sincos"] = "rope"
     max_frames: int = Field(16, ge=1, description="rows of the sincos table in frames; rope has no bound")
-    rope_theta: float = Field(100.0, gt=1, description="longest wavelength of rope over 2 pi, in frames and in tokens")
+    rope_theta: float = Field(
+        100.0,
+        gt=1,
+        description="rope: the pair j of the p pairs of an axis turns by theta ** (-j / p) radians per frame or token, "
+        "from 1 down to nearly 1 / theta",
+    )
+    num_timesteps: int = Field(
+        1000, ge=2, le=4096, description="timesteps T that may come in; not fewer than the diffusion's"
+    )
     residual: Literal["prenorm", "released"] = "prenorm"
     qk_norm: bool = True
     num_classes: int | None = Field(None, ge=1, description="class-conditional when given; the null class is one more")

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, SupportsIndex
 
 import torch
 from jaxtyping import Bool, Int64
@@ -23,6 +23,12 @@ from ardist.errors import InvalidValueError, choose
 
 WindowKind = Literal["rolling", "recompute"]
 WINDOW_KINDS = ("rolling", "recompute")
+
+
+def check_integer(name: str, value: object) -> None:
+    """Raise InvalidValueError unless `value` is an integer: a size like 2.5 must not be rounded in silence."""
+    if isinstance(value, bool) or not isinstance(value, SupportsIndex):
+        raise InvalidValueError(f"{name}={value!r} is illegal; legal: an integer")
 
 
 @dataclass(frozen=True)
@@ -52,6 +58,9 @@ class ADSchedule:
     def __post_init__(self) -> None:
         frames, steps, total = self.num_frames, self.num_steps, self.num_timesteps
         choose("window_kind", self.window_kind, WINDOW_KINDS)
+        for name in ("num_frames", "num_steps", "difference", "window", "num_timesteps", "num_prefix_frames"):
+            if name != "window" or self.window is not None:
+                check_integer(name, getattr(self, name))
         if frames < 1:
             raise InvalidValueError(f"num_frames={frames} is out of range; legal: 1 and more")
         if not 0 <= self.num_prefix_frames < frames:
@@ -190,7 +199,8 @@ class ADSchedule:
 
     @property
     def _smallest_difference(self) -> int:
-        slides = self.window_kind == "recompute" and self._window < self.num_frames
+        # Given frames may leave the window: they are final. Generated ones leave it only if they do not all fit.
+        slides = self.window_kind == "recompute" and self._window < self.num_generated_frames
         return math.ceil(self.num_steps / self._window) if slides else 0
 
     def _check_row(self, row: int, first: int) -> None:

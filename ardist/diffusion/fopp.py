@@ -19,7 +19,7 @@ import itertools
 from collections.abc import Mapping
 
 import torch
-from jaxtyping import Int64
+from jaxtyping import Int, Int64
 from torch import Tensor
 
 from ardist.diffusion.counter_rng import Purpose, random_bits, scale_to_range
@@ -77,6 +77,35 @@ def sample_timesteps(
     return torch.where(unordered.unsqueeze(1), timesteps, timesteps.sort(dim=1).values)
 
 
+def check_timesteps(
+    law: str | Mapping[str, float | int] | None, timesteps: Int[Tensor, "b f"], num_timesteps: int
+) -> None:
+    """Refuse timesteps that `law` never gives: outside 0..num_timesteps-1, or in an order it forbids.
+
+    ``fopp`` and ``uniform_monotone`` never decrease from one frame to the next, ``synchronous`` is constant over a
+    clip; ``independent``, a mixture with it, and None (no law known) forbid no order. Reads the values back to the
+    host. Raises InvalidValueError with the first value that is wrong and the legal ones.
+    """
+    wrong = timesteps[(timesteps < 0) | (timesteps >= num_timesteps)]
+    if wrong.numel():
+        raise InvalidValueError(f"timestep {int(wrong[0])} is illegal; legal: 0 to {num_timesteps - 1}")
+    laws = set() if law is None else set(_weights(law))
+    if not laws or "independent" in laws:
+        return
+    before, after = timesteps[:, :-1], timesteps[:, 1:]
+    constant = laws == {"synchronous"}
+    falls = ((after != before) if constant else (after < before)).nonzero()
+    if falls.numel():
+        clip, frame = (int(index) for index in falls[0])
+        low, value = int(before[clip, frame]), int(after[clip, frame])
+        legal = f"{low}" if constant else f"{low} to {num_timesteps - 1}"
+        relation = "is not" if constant else "is below"
+        raise InvalidValueError(
+            f"timestep {value} of frame {frame + 1} of clip {clip} {relation} {low} of the frame before, "
+            f"which {' + '.join(sorted(laws))} never gives; legal: {legal}"
+        )
+
+
 def _urns(law: str, words: Tensor, frame: Tensor, num_timesteps: int) -> tuple[Tensor, Tensor, Tensor]:
     """(base, size, first) `[b, f]` of every frame's urn; a frame with first == frame starts an urn of its own."""
     batch_size, num_frames = len(words), len(frame)
@@ -122,6 +151,11 @@ def _check(
             raise InvalidValueError(f"{name}={value} is out of range; legal: 1..{bound}")
     if num_ids != batch_size:
         raise InvalidValueError(f"batch_size={batch_size} needs as many sample_ids, got {num_ids}")
+    return _weights(law)
+
+
+def _weights(law: str | Mapping[str, float | int]) -> dict[str, float]:
+    """The positive weights of a law or a mixture, in the order of LAWS."""
     given = {law: 1.0} if isinstance(law, str) else law
     for name, weight in given.items():
         choose("law", name, LAWS)

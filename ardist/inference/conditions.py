@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ardist.config.denoiser import DenoiserConfig
 from ardist.errors import InvalidValueError
-from ardist.models.denoiser import check_shapes
+from ardist.models.denoiser import check_condition_shapes
 
 
 @dataclass(frozen=True)
@@ -45,19 +45,16 @@ class Conditions:
             InvalidValueError: batch sizes differ, a shape is not the denoiser's, guidance without condition, or a class
                 id out of range.
         """
-        counts = {
-            name: value.shape[0]
-            for name, value in {"context": context, "class_ids": class_ids, **sizes}.items()
-            if value is not None
-        }
+        given = {"context": context, "class_ids": class_ids, **sizes}
+        # A scalar has no batch; the checks of shapes below say what it should be.
+        counts = {name: value.shape[0] for name, value in given.items() if value is not None and value.ndim}
         if counts and batch_size == 1:
             batch_size = next(iter(counts.values()))
         if batch_size < 1 or any(count != batch_size for count in counts.values()):
             raise InvalidValueError(f"batch sizes differ: {counts}, batch_size={batch_size}; legal: one for all")
         if guided and context is None and class_ids is None:
             raise InvalidValueError("guidance_scale other than 1 needs a condition (context or class_ids); legal: 1")
-        latents = torch.empty(batch_size, 1, config.tokens_per_frame, config.latent_channels, device="meta")
-        check_shapes(config, latents, latents[:, :, 0, 0].long(), context, class_ids)
+        check_condition_shapes(config, batch_size, context, class_ids)
         if class_ids is not None and config.num_classes is not None:
             wrong = [int(value) for value in class_ids.flatten() if not 0 <= value <= config.num_classes]
             if wrong:

@@ -6,6 +6,7 @@ as soon as it is final.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from ardist.diffusion.ad import WINDOW_KINDS, ADSchedule
+from ardist.diffusion.ad import WINDOW_KINDS, ADSchedule, check_integer
 from ardist.diffusion.counter_rng import Purpose, normal
 from ardist.diffusion.noise import TARGETS, NoiseSchedule
 from ardist.errors import InvalidValueError, choose
@@ -70,8 +71,15 @@ class ADSampler:
             window_kind = "rolling" if config.mask == "strict" else "recompute"
         choose("window_kind", window_kind, WINDOW_KINDS)
         choose("target", target, TARGETS)
-        if window is not None and window < 1:
-            raise InvalidValueError(f"window={window} is illegal; legal: at least 1, or None for all frames")
+        if window is not None:
+            check_integer("window", window)
+            if window < 1:
+                raise InvalidValueError(f"window={window} is illegal; legal: at least 1, or None for all frames")
+        if noise_schedule.num_timesteps > config.num_timesteps:
+            raise InvalidValueError(
+                f"a noise schedule of {noise_schedule.num_timesteps} timesteps is illegal; "
+                f"legal: at most {config.num_timesteps}, as the denoiser is configured"
+            )
         if window_kind == "rolling" and config.mask != "strict":
             raise InvalidValueError(
                 f"window_kind='rolling' is illegal with mask {config.mask!r}, which cannot be cached; "
@@ -134,6 +142,16 @@ class ADSampler:
         Raises:
             InvalidValueError: arguments that do not fit together or the denoiser; the message has the legal values.
         """
+        for name, value in (("num_frames", num_frames), ("batch_size", batch_size), ("seed", seed)):
+            check_integer(name, value)
+        if not math.isfinite(guidance_scale):
+            raise InvalidValueError(f"guidance_scale={guidance_scale} is illegal; legal: a finite number")
+        if not 0 <= seed < 2**63:
+            raise InvalidValueError(f"seed={seed} is illegal; legal: 0 to 2^63 - 1")
+        if video_ids is not None and (video_ids.ndim != 1 or video_ids.dtype != torch.int64):
+            raise InvalidValueError(
+                f"video_ids of shape {tuple(video_ids.shape)} and {video_ids.dtype} are illegal; legal: one int64 per video"
+            )
         conditions = Conditions.create(
             self.denoiser.config,
             guided=guidance_scale != 1,
@@ -143,7 +161,8 @@ class ADSampler:
             class_ids=class_ids,
             device=self.device,
         )
-        prefix = self._latents("prefix", prefix, conditions.batch_size, 0 if prefix is None else prefix.shape[1])
+        given = 0 if prefix is None else prefix.shape[1] if prefix.ndim == 4 else 1
+        prefix = self._latents("prefix", prefix, conditions.batch_size, given)
         schedule = ADSchedule(
             num_frames,
             num_inference_steps,
@@ -205,8 +224,10 @@ class ADSampler:
         legal = (batch_size, frames, self.denoiser.config.tokens_per_frame, self.denoiser.config.latent_channels)
         if value is None:
             return torch.empty(legal, device=self.device)
-        if tuple(value.shape) != legal:
-            raise InvalidValueError(f"{name} of shape {tuple(value.shape)} is illegal; legal: {legal}")
+        if tuple(value.shape) != legal or not value.is_floating_point():
+            raise InvalidValueError(
+                f"{name} of shape {tuple(value.shape)} and {value.dtype} is illegal; legal: {legal}, floating point"
+            )
         return value.to(self.device, torch.float32)
 
     def _check_positions(self, schedule: ADSchedule) -> None:

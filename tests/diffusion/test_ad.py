@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import random
+from typing import Any
 
+import jaxtyping
 import pytest
 import torch
 
@@ -20,7 +22,9 @@ def legal_arguments(count: int) -> list[dict]:
         frames = choose.randint(1, 16)
         window = choose.choice((None, choose.randint(1, 20)))
         kind = choose.choice(("rolling", "recompute"))
-        lowest = -(-steps // window) if kind == "recompute" and window is not None and window < frames else 0
+        given = choose.choice((0, choose.randint(0, frames - 1)))
+        slides = kind == "recompute" and window is not None and window < frames - given
+        lowest = -(-steps // window) if slides else 0
         found.append(
             {
                 "num_frames": frames,
@@ -29,7 +33,7 @@ def legal_arguments(count: int) -> list[dict]:
                 "window": window,
                 "window_kind": kind,
                 "num_timesteps": total,
-                "num_prefix_frames": choose.choice((0, choose.randint(0, frames - 1))),
+                "num_prefix_frames": given,
             }
         )
     return found
@@ -174,6 +178,32 @@ def test_smallest_legal_difference_is_accepted_and_windows_may_be_longer_than_th
     assert ADSchedule(32, 50, 4, window=16, window_kind="recompute").num_rows == 50 + 31 * 4
     assert ADSchedule(8, 50, 0, window=16, window_kind="recompute").num_frame_evaluations == 8 * 50
     assert ADSchedule(32, 50, 0, window=16).max_active_frames == 32
+
+
+@pytest.mark.parametrize(
+    ("arguments", "match"),
+    [
+        ({"num_frames": 4.5}, r"num_frames=4\.5 .* legal: an integer"),
+        ({"num_steps": 50.0}, r"num_steps=50\.0 .* legal: an integer"),
+        ({"difference": True}, "difference=True .* legal: an integer"),
+        ({"window": "16"}, "window='16' .* legal: an integer"),
+    ],
+)
+def test_sizes_that_are_no_integers_are_refused(
+    arguments: dict[str, Any], match: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Past the type annotations, which these tests check at run time and the product does not."""
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+    with pytest.raises(InvalidValueError, match=match):
+        ADSchedule(**{"num_frames": 32, "num_steps": 50, "difference": 5, **arguments})
+
+
+def test_given_frames_may_leave_a_recompute_window() -> None:
+    """20 frames through a window of 16 need s >= 4, but not when 4 of them are given: the other 16 fit."""
+    with pytest.raises(InvalidValueError, match=r"legal: 4\.\.50"):
+        ADSchedule(20, 50, 0, window=16, window_kind="recompute", num_prefix_frames=3)
+    schedule = ADSchedule(20, 50, 0, window=16, window_kind="recompute", num_prefix_frames=4)
+    assert {schedule.window_range(row) for row in range(1, 51)} == {(4, 20)}
 
 
 @pytest.mark.parametrize("row", [-1, 56])

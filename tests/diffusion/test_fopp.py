@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from ardist.diffusion.counter_rng import Purpose
-from ardist.diffusion.fopp import LAWS, sample_timesteps
+from ardist.diffusion.fopp import LAWS, check_timesteps, sample_timesteps
 from ardist.errors import InvalidValueError
 
 
@@ -164,6 +164,33 @@ def test_gpu_draws_the_same_rows_without_a_sync() -> None:
 def test_bad_arguments_name_the_legal_ones(law, num_frames: int, num_timesteps: int, match: str) -> None:
     with pytest.raises(InvalidValueError, match=match):
         draw(law, 4, num_frames, num_timesteps)
+
+
+@pytest.mark.parametrize("law", [*LAWS, {"fopp": 0.5, "synchronous": 0.5}, {"fopp": 1, "independent": 1}])
+def test_a_law_passes_its_own_check(law) -> None:
+    check_timesteps(law, draw(law, 200, 8, 50), 50)
+
+
+@pytest.mark.parametrize(
+    ("law", "rows", "match"),
+    [
+        ("fopp", [[0, 9], [5, 4]], r"timestep 4 of frame 1 of clip 1 is below 5 .*fopp never gives; legal: 5 to 9"),
+        ({"fopp": 1, "uniform_monotone": 2}, [[1, 0]], r"fopp \+ uniform_monotone never gives"),
+        ("synchronous", [[3, 4]], "timestep 4 of frame 1 of clip 0 is not 3 .*legal: 3"),
+        ({"fopp": 1, "independent": 0}, [[1, 0]], "is below 1"),
+        (None, [[0, 10]], "timestep 10 is illegal; legal: 0 to 9"),
+        ("independent", [[-1, 0]], "timestep -1 is illegal"),
+        ("fop", [[0, 0]], "did you mean 'fopp'"),
+    ],
+)
+def test_timesteps_that_a_law_never_gives_are_refused(law, rows: list[list[int]], match: str) -> None:
+    with pytest.raises(InvalidValueError, match=match):
+        check_timesteps(law, torch.tensor(rows), 10)
+
+
+@pytest.mark.parametrize("law", [None, "independent", {"fopp": 1, "independent": 1}])
+def test_any_order_is_fine_where_the_law_has_none(law) -> None:
+    check_timesteps(law, torch.tensor([[5, 4, 9]]), 10)
 
 
 def test_batch_size_must_match_the_sample_ids() -> None:

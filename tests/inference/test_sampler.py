@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from itertools import pairwise
 from random import Random
 from typing import Any
 
+import jaxtyping
 import pytest
 import torch
 from sampler_cases import plain_sample, random_denoiser
@@ -19,6 +21,14 @@ from ardist.models.denoiser import Denoiser
 
 NOISE = NoiseSchedule.create()
 CONTEXT: dict[str, Any] = {"context_tokens": 5, "context_dim": 6}
+
+
+@pytest.fixture
+def unchecked() -> Iterator[None]:
+    """Past the type annotations, which these tests check at run time and the product does not."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 def conditions(denoiser: Denoiser, batch: int) -> dict[str, Tensor]:
@@ -300,12 +310,44 @@ def test_future_frames_never_reach_finished_ones() -> None:
         (4, {"prefix": torch.zeros(1, 2, 5, 4)}, r"prefix of shape \(1, 2, 5, 4\).*legal: \(1, 2, 3, 4\)"),
         (4, {"noise": torch.zeros(1, 3, 3, 4)}, r"noise of shape.*legal: \(1, 4, 3, 4\)"),
         (4, {"context": torch.zeros(1, 2, 3)}, "context of shape.*legal: None"),
+        (4, {"seed": -1}, r"seed=-1 is illegal; legal: 0 to 2\^63 - 1"),
+        (4, {"seed": 2**63}, "seed=9223372036854775808"),
+        (4, {"guidance_scale": float("nan")}, "guidance_scale=nan is illegal; legal: a finite"),
+        (4, {"batch_size": 0}, "batch_size=0"),
     ],
 )
 def test_illegal_requests_name_what_is_legal(frames: int, arguments: dict[str, Any], message: str) -> None:
     sampler = ADSampler(random_denoiser(num_classes=3), NOISE)
     with pytest.raises(InvalidValueError, match=message):
         sampler.stream(frames, **arguments)  # refused before the first frame is asked for
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"num_frames": 4.0}, r"num_frames=4\.0 is illegal; legal: an integer"),
+        ({"seed": 1.5}, r"seed=1\.5 is illegal; legal: an integer"),
+        ({"batch_size": "2"}, "batch_size='2' is illegal; legal: an integer"),
+        ({"difference": 2.0}, r"difference=2\.0 is illegal; legal: an integer"),
+        ({"num_inference_steps": None}, "num_steps=None is illegal; legal: an integer"),
+        ({"video_ids": torch.zeros(1, 1, dtype=torch.int64)}, r"video_ids of shape \(1, 1\)"),
+        ({"video_ids": torch.zeros(1)}, "video_ids of .*float32 are illegal; legal: one int64"),
+        ({"class_ids": torch.zeros(1)}, "class_ids of .*float32 are illegal; legal: .*integers"),
+        ({"prefix": torch.zeros(1, 3, 4)}, r"prefix of shape \(1, 3, 4\)"),
+        ({"class_ids": torch.tensor(1)}, r"class_ids of shape \(\).*legal: shape \(1,\), integers"),
+        ({"noise": torch.zeros(1, 4, 3, 4, dtype=torch.int64)}, "noise of .*int64 is illegal; legal: .*floating"),
+    ],
+)
+@pytest.mark.usefixtures("unchecked")
+def test_wrong_types_are_refused_before_the_first_frame(arguments: dict[str, Any], message: str) -> None:
+    sampler = ADSampler(random_denoiser(num_classes=3), NOISE)
+    with pytest.raises(InvalidValueError, match=message):
+        sampler.stream(**{"num_frames": 4, **arguments})
+
+
+def test_a_longer_noise_schedule_than_the_denoiser_knows_is_refused() -> None:
+    with pytest.raises(InvalidValueError, match="2000 timesteps is illegal; legal: at most 1000"):
+        ADSampler(random_denoiser(), NoiseSchedule.create(num_timesteps=2000))
 
 
 def test_illegal_windows_name_what_is_legal() -> None:

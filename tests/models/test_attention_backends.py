@@ -19,6 +19,7 @@ from ardist.models.attention import (
     sdpa,
 )
 from ardist.models.attention.cuda_kernels import _cached_starts
+from ardist.models.attention.dispatch import _check
 from ardist.models.attention.pieces import Blocks
 
 CPU = torch.device("cpu")
@@ -177,3 +178,10 @@ def test_bad_input_names_the_value_and_the_legal_ones() -> None:
         attention(q, k[:, :, 1:], v[:, :, 1:], layout)
     with pytest.raises(InvalidValueError, match="one dtype for all three"):
         attention(q, k.float(), v, layout)
+    with pytest.raises(InvalidValueError, match=r"legal: four axes each, \[batch, heads, tokens, head dimension\]"):
+        _check(q[0], k[0], v[0], layout)
+
+
+def test_flex_on_cuda_needs_heads_of_sixteen_channels() -> None:
+    assert "head dimensions from 16, not 8" in str(available_backends("cuda", torch.bfloat16, 8)["flex"])
+    assert "head dimensions" not in str(available_backends("cuda", torch.bfloat16, 16)["flex"])

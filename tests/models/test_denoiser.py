@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
 from typing import Any
 
+import jaxtyping
 import pytest
 import torch
 from denoiser_cases import inputs, random_denoiser
@@ -12,11 +14,19 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ardist.config import DenoiserConfig
 from ardist.errors import ConfigError, InvalidValueError
-from ardist.models.denoiser import Denoiser, check_shapes, check_values, model, preset
+from ardist.models.denoiser import Denoiser, check_shapes, model, preset
 from ardist.models.flops import denoiser_flops
 from ardist.models.positions import axial_rotation, rotate
 
 CONTEXT: dict[str, Any] = {"context_tokens": 5, "context_dim": 6}
+
+
+@pytest.fixture
+def unchecked() -> Iterator[None]:
+    """Past the type annotations, which these tests check at run time and the product does not."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 def parameters_of(config: DenoiserConfig) -> tuple[int, int]:
@@ -187,21 +197,72 @@ def test_sincos_table_bounds_the_frames() -> None:
         denoiser(**inputs(denoiser.config, frames=5))
 
 
-@pytest.mark.parametrize(("value", "word"), [(1000, "timestep 1000"), (-1, "timestep -1")])
-def test_values_out_of_range_are_refused_on_request(value: int, word: str) -> None:
-    timesteps = torch.tensor([[0, value]])
-    with pytest.raises(InvalidValueError, match=f"{word} is illegal; legal: 0 to 999"):
-        check_values(preset("tiny"), timesteps)
-    with pytest.raises(InvalidValueError, match="class id 5 is illegal; legal: 0 to 3"):
-        check_values(preset("tiny", num_classes=3), torch.zeros(1, 1), torch.tensor([3, 5]))
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"timesteps": torch.full((2, 5), 1000)}, "timestep 1000 is illegal; legal: 0 to 999"),
+        ({"timesteps": torch.full((2, 5), -1)}, "timestep -1 is illegal; legal: 0 to 999"),
+        ({"class_ids": torch.tensor([0, 5])}, "class id 5 is illegal; legal: 0 to 2, and 3 for no class"),
+        ({"class_ids": torch.tensor([-1, 0])}, "class id -1"),
+        ({"window": 4}, "window=4 is illegal; legal: 1 to 3, as configured"),
+        ({"window": 0}, "window=0 is illegal; legal: 1 to 3"),
+        ({"context_dropped": torch.tensor([True])}, r"context_dropped of shape \(1,\).*legal: shape \(2,\), bool"),
+        ({"law": "fop"}, "did you mean 'fopp'"),
+    ],
+)
+def test_every_call_refuses_what_is_out_of_range(change: dict[str, Any], message: str) -> None:
+    denoiser = random_denoiser(num_classes=3, window=3, **CONTEXT)
+    arguments = inputs(denoiser.config)
+    denoiser(**arguments)
+    with pytest.raises(InvalidValueError, match=message):
+        denoiser(**arguments | change)
 
 
-def test_decreasing_timesteps_are_refused_on_request() -> None:
-    timesteps = torch.tensor([[1, 1, 9], [3, 7, 5]])
-    check_values(preset("tiny"), timesteps)
-    with pytest.raises(InvalidValueError, match="timestep 5 of frame 2 of clip 1 is below 7.*legal: 7 to 999"):
-        check_values(preset("tiny"), timesteps, non_decreasing=True)
-    check_values(preset("tiny"), timesteps[:1], non_decreasing=True)
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"class_ids": torch.zeros(2)}, "class_ids of .*float32 are illegal; legal: .* integers"),
+        ({"timesteps": torch.zeros(2, 5, dtype=torch.bool)}, "timesteps of .*bool are illegal; legal: one integer"),
+        ({"timesteps": torch.zeros(2, 5)}, "timesteps of .*float32 are illegal; legal: one integer"),
+        ({"latents": torch.zeros(2, 5, 3, 4, dtype=torch.int64)}, "latents of type .*int64 .* legal: a floating"),
+        ({"context": torch.zeros(2, 5, 6, dtype=torch.int64)}, "context of .*int64 .* legal: .* floating"),
+        ({"context_dropped": torch.zeros(2)}, "context_dropped of .*float32 .* legal: .* bool"),
+    ],
+)
+@pytest.mark.usefixtures("unchecked")
+def test_wrong_types_are_refused(change: dict[str, Any], message: str) -> None:
+    denoiser = random_denoiser(num_classes=3, **CONTEXT)
+    arguments: dict[str, Any] = inputs(denoiser.config) | change
+    with pytest.raises(InvalidValueError, match=message):
+        denoiser(**arguments)
+
+
+def test_conditions_that_the_denoiser_does_not_have_are_refused() -> None:
+    denoiser = random_denoiser()
+    with pytest.raises(InvalidValueError, match="context_dropped .* legal: None, this denoiser has no context"):
+        denoiser(**inputs(denoiser.config), context_dropped=torch.tensor([True, False]))
+    with pytest.raises(InvalidValueError, match="window=2 is illegal with mask 'bidirectional'; legal: None"):
+        banded = random_denoiser(mask="bidirectional")
+        banded(**inputs(banded.config), window=2)
+
+
+def test_timesteps_out_of_order_are_refused_where_the_law_forbids_them() -> None:
+    denoiser = random_denoiser()
+    arguments = inputs(denoiser.config)
+    arguments["timesteps"] = torch.tensor([[1, 1, 9, 9, 10], [3, 7, 5, 6, 8]])
+    for law in (None, "independent"):
+        denoiser(**arguments, law=law)
+    with pytest.raises(InvalidValueError, match=r"timestep 5 of frame 2 of clip 1 is below 7 .*legal: 7 to 999"):
+        denoiser(**arguments, law="fopp")
+
+
+def test_timesteps_are_bounded_by_the_configured_number() -> None:
+    denoiser = random_denoiser(num_timesteps=50)
+    arguments = inputs(denoiser.config)
+    arguments["timesteps"] = torch.full((2, 5), 49)
+    denoiser(**arguments)
+    with pytest.raises(InvalidValueError, match="timestep 50 is illegal; legal: 0 to 49"):
+        denoiser(**arguments | {"timesteps": arguments["timesteps"] + 1})
 
 
 @pytest.mark.parametrize(

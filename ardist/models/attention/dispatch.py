@@ -27,6 +27,9 @@ _ATTEND: dict[str, Callable[[Tensor, Tensor, Tensor, AttentionLayout], Tensor]] 
 BACKENDS = ("auto", *_ATTEND)
 """Legal backend names."""
 
+FLEX_SMALLEST_HEAD = 16
+"""Its CUDA kernel multiplies tiles of at least 16 x 16."""
+
 
 def attention(
     q: Float[Tensor, "b h n d"],
@@ -113,13 +116,13 @@ def _forbids_anything(layout: AttentionLayout) -> bool:
 def _problem(name: str, device_type: str, dtype: torch.dtype, head_dim: int, tracked: bool) -> str | None:
     """Why a backend cannot serve such tensors, or None."""
     if name == "flex":
-        return _flex_problem(device_type, dtype, tracked)
+        return _flex_problem(device_type, dtype, head_dim, tracked)
     if name == "flash":
         return flash.none_works(device_type, dtype, head_dim)
     return None
 
 
-def _flex_problem(device_type: str, dtype: torch.dtype, tracked: bool) -> str | None:
+def _flex_problem(device_type: str, dtype: torch.dtype, head_dim: int, tracked: bool) -> str | None:
     if dtype not in (torch.float32, torch.float16, torch.bfloat16):
         return f"FlexAttention takes float32, float16 and bfloat16, not {str(dtype).removeprefix('torch.')}"
     if device_type == "cpu":
@@ -129,6 +132,8 @@ def _flex_problem(device_type: str, dtype: torch.dtype, tracked: bool) -> str | 
             return "compiling FlexAttention for cpu needs a C++ compiler"
         return None
     if device_type == "cuda":
+        if head_dim < FLEX_SMALLEST_HEAD:
+            return f"FlexAttention on cuda takes head dimensions from {FLEX_SMALLEST_HEAD}, not {head_dim}"
         return None if find_spec("triton") else "compiling FlexAttention for cuda needs triton"
     return f"FlexAttention does not run on {device_type}"
 
@@ -139,6 +144,11 @@ def _has_compiler() -> bool:
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, layout: AttentionLayout) -> None:
+    if not q.ndim == k.ndim == v.ndim == 4:
+        raise InvalidValueError(
+            f"q, k, v have shapes {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}; "
+            "legal: four axes each, [batch, heads, tokens, head dimension]"
+        )
     if q.shape[2] != layout.num_queries or k.shape[2] != layout.num_keys or v.shape != k.shape:
         raise InvalidValueError(
             f"q, k, v have shapes {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}; legal for this layout: "

@@ -17,7 +17,7 @@ from ardist.events import events
 from ardist.models.attention import AttentionLayout
 from ardist.models.denoiser.block import EPS, Block, KeyValueStore
 from ardist.models.denoiser.embedding import ContextEmbedding, TimestepEmbedding
-from ardist.models.denoiser.validation import check_shapes
+from ardist.models.denoiser.validation import check_inputs
 from ardist.models.positions import axial_rotation, sequence_rotation, sincos_table
 
 
@@ -82,22 +82,25 @@ class Denoiser(nn.Module):
         *,
         context_dropped: Bool[Tensor, "b"] | None = None,
         window: int | None = None,
+        law: str | None = None,
     ) -> Float[Tensor, "b f l c"]:
         """Predict for whole clips, without a cache.
 
         Args:
             latents: noisy latents; cast to the dtype of the weights.
-            timesteps: one per frame, in [0, T); values are not looked at here (see `check_values`).
+            timesteps: one per frame, in [0, T).
             context: condition sequence; None stands for the learned null sequence.
             class_ids: in [0, num_classes]; num_classes is the null class, and None stands for it.
             context_dropped: clips whose context is replaced by the null sequence.
-            window: frames a frame looks back to, itself included; None: as configured.
+            window: frames a frame looks back to, itself included, at most as configured; None: as configured.
+            law: the law that the timesteps follow, so that an order that it forbids is refused; None: any order.
 
         Raises:
-            InvalidValueError: a shape disagrees with the configuration.
+            InvalidValueError: a shape disagrees with the configuration, or a value is out of range. Values are looked
+                at where that is free: on a CPU, outside a compiled program (elsewhere: `check_values`).
         """
         config = self.config
-        check_shapes(config, latents, timesteps, context, class_ids)
+        check_inputs(config, latents, timesteps, context, class_ids, context_dropped, window, law)
         frames = latents.shape[1]
         layout = AttentionLayout.training(
             frames,
