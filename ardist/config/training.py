@@ -82,7 +82,14 @@ class TrainingConfig(Section):
         description="type in which micro-batches' gradients are added; auto: fp32 where DeepSpeed can, "
         "for bf16 weights and more than one micro-batch per step",
     )
-    max_skipped_in_row: int = Field(20, ge=1, description="stop with a report after this many skipped steps in a row")
+    spike_policy: Literal["off", "count", "skip"] = Field(
+        "count", description="what becomes of a step whose gradient norm stands out from the window's"
+    )
+    spike_sigmas: float = Field(6.0, gt=0, description="a spike is above mean + this many deviations of the window")
+    spike_window: int = Field(128, ge=2, description="good steps before this one that it is compared with")
+    max_skipped_in_row: int = Field(
+        20, ge=1, description="go back to the last checkpoint, once, then stop, after this many skipped steps in a row"
+    )
     log_every: int = Field(10, ge=1)
     timeout_minutes: float = Field(30, gt=0, description="how long a rank waits for the others in a collective")
     ema_decays: tuple[Decay, ...] = (0.9999,)
@@ -101,6 +108,8 @@ class TrainingConfig(Section):
             problems.append("offload: parameters needs zero_stage 3")
         if self.offload != "none" and self.guard == "device":
             problems.append("guard: device needs the optimiser on the device; legal with offload: deepspeed")
+        if self.offload != "none" and self.spike_policy == "skip":
+            problems.append("spike_policy: skip needs the optimiser on the device; legal with offload: count, off")
         if self.precision == "fp16" and self.guard == "device":
             problems.append("guard: device cannot drive the loss scale of fp16; legal with fp16: deepspeed")
         if self.grad_accumulation == "fp32" and self.precision != "fp32":

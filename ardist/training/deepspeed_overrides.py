@@ -23,6 +23,7 @@ OWN_KEYS = {
     "zero_optimization.offload_optimizer": "training.offload",
     "zero_optimization.offload_param": "training.offload",
     "zero_optimization.cpu_offload": "training.offload",
+    "zero_optimization.compute_grad_norm": "training.guard",
 }
 """Settings of DeepSpeed that are derived from ours, and from which of ours."""
 

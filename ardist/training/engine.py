@@ -18,8 +18,9 @@ from ardist.config.training import TrainConfig, batch_layout
 from ardist.errors import ConfigError
 from ardist.training.distributed import World
 from ardist.training.fragments import Fragments
-from ardist.training.guard import DeviceGuard
+from ardist.training.guard import DeviceGuard, SpikeGuard
 from ardist.training.optimizer import build_optimizer
+from ardist.training.spikes import SpikeDetector
 
 _log = logging.getLogger("ardist.training")
 
@@ -94,13 +95,15 @@ def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class StepOutcome:
-    """What one optimiser step did: global gradient norm before clipping, and whether the update was skipped.
+    """What one optimiser step did: global gradient norm before clipping, whether the update was skipped, and whether
+    the norm was a spike.
 
     Either may still be a 0-dim tensor on the device; reading it there would make the host wait.
     """
 
     grad_norm: torch.Tensor | float | None
     skipped: torch.Tensor | bool
+    spike: torch.Tensor | bool = False
 
 
 class Engine:
@@ -127,7 +130,13 @@ class Engine:
         self.fragments = Fragments(self.deepspeed, world)
         self.fragments.prepare_fresh()
         self.fragments.self_check()
-        self.guard = DeviceGuard(self.fragments, config.optimizer.grad_clip) if uses_device_guard(config) else None
+        self.spikes = spike_detector(config, world)
+        self.guard: DeviceGuard | None = None
+        self.spike_guard: SpikeGuard | None = None
+        if uses_device_guard(config):
+            self.guard = DeviceGuard(self.fragments, config.optimizer.grad_clip, self.spikes)
+        elif self.spikes is not None and self.spikes.skip:
+            self.spike_guard = SpikeGuard(self.fragments, self.spikes)
         if config.training.compile:
             self.deepspeed.compile()
 
@@ -148,15 +157,22 @@ class Engine:
             self.deepspeed.step()  # counts the micro-batch; changes no weight
 
     def step(self, lr: float) -> StepOutcome:
-        """Update the weights after the last micro-batch, unless the gradient is not finite on any rank."""
+        """Update the weights after the last micro-batch, unless the gradient is not finite on any rank, or is a spike
+        and spikes are skipped."""
         for group in self.deepspeed.basic_optimizer.param_groups:
             group["lr"] = lr
         if self.guard is not None:
-            norm, bad = self.guard.arm()
+            norm, bad, spike = self.guard.arm()
             self.deepspeed.step()
-            return StepOutcome(norm, bad)
+            return StepOutcome(norm, bad, spike)
         self.deepspeed.step()
-        return StepOutcome(self.deepspeed.get_global_grad_norm(), not self.deepspeed.was_step_applied())
+        norm, applied = self.deepspeed.get_global_grad_norm(), self.deepspeed.was_step_applied()
+        if not applied or self.spikes is None:
+            return StepOutcome(norm, not applied)
+        if self.spike_guard is None:
+            return StepOutcome(norm, False, self.spikes.judge(norm))
+        spike = self.spike_guard.verdict()
+        return StepOutcome(norm, spike, spike)
 
     def train(self, mode: bool = True) -> None:
         """Training or evaluation mode of the model."""
@@ -189,6 +205,15 @@ class Engine:
         """Write the settings DeepSpeed was given to ``deepspeed.json`` of the run directory."""
         path = run_dir / "deepspeed.json"
         path.write_text(json.dumps(self.settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def spike_detector(config: TrainConfig, world: World) -> SpikeDetector | None:
+    """What tells gradient spikes, as ``training.spike_policy`` asks for; None where it is off."""
+    training = config.training
+    if training.spike_policy == "off":
+        return None
+    skips = training.spike_policy == "skip"
+    return SpikeDetector(training.spike_sigmas, training.spike_window, skip=skips, device=world.device)
 
 
 COUNTERS = ("global_steps", "global_samples", "skipped_steps")

@@ -167,6 +167,11 @@ class Fragments:
         gradients = optimizer.averaged_gradients.values()
         return [part for group in gradients if group for part in group if part is not None], True
 
+    def grad_norm(self) -> torch.Tensor | float:
+        """The global gradient norm that DeepSpeed measured in the step under way, before clipping."""
+        norm: torch.Tensor | float = self.engine.optimizer._global_grad_norm
+        return norm
+
     @torch.no_grad()
     def exchange(self, buffers: list[torch.Tensor]) -> None:
         """Swap the masters of the owned runs with `buffers`, bit for bit, and refresh the working weights

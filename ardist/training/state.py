@@ -72,6 +72,7 @@ def snapshot(trainer: Trainer) -> Snapshot:
             "data": trainer.loader.state_dict(),
             "counters": trainer.engine.counters(),
             "loss_scaler": trainer.engine.loss_scaler(),
+            "spikes": [] if trainer.engine.spikes is None else trainer.engine.spikes.state(),
             "history": trainer.history.as_dict(),
             "dataset": trainer.data.describe(),
         },
@@ -117,6 +118,8 @@ def _restore(trainer: Trainer, path: Path, commit: commits.Commit) -> None:
     trainer.step = commit.step
     trainer.engine.set_counters(commit.state["counters"], commit.step)
     trainer.engine.set_loss_scaler(commit.state["loss_scaler"])
+    if trainer.engine.spikes is not None:
+        trainer.engine.spikes.load_state(commit.state.get("spikes", []))
     trainer.writer.last_saved = commit.step
     if trainer.world.is_main:
         resume.set_aside_newer(trainer.run.checkpoints, commit.step)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -197,8 +196,8 @@ class Trainer:
 
         for micro_batch in cut(self.objective.prepare(self.to_device(batch)), self.engine.micro_batch_size):
             loss, metrics = self.objective.loss(self.engine, micro_batch)
-            if fault.point("trainer.loss") is not None:
-                loss = loss * math.nan
+            if (factor := fault.point("trainer.loss")) is not None:
+                loss = loss * float(factor)
             self.engine.backward(loss)
             self.window.add(loss, metrics)
             self.losses.append(loss.detach())

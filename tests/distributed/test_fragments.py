@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from ranks import run_ranks
-from toy import gather, masters, toy_config, toy_engine, toy_step
+from toy import gather, masters, same_state, state_of, toy_config, toy_engine, toy_step
 
 from ardist.training.ema import ShardedEMA, warmed_decay
 
@@ -97,6 +97,48 @@ def test_nan_on_one_rank_skips_the_step_on_all(stage: int, guard: str, precision
         assert result["good"] == 0.0
         assert result["loss"] < 10
         assert result["updates"] == 2
+
+
+def _spiked(stage: int, guard: str, precision: str, policy: str) -> dict[str, Any]:
+    spikes = {"spike_policy": policy, "spike_window": 3, "spike_sigmas": 20.0}
+    engine = toy_engine(toy_config(zero_stage=stage, guard=guard, precision=precision, **spikes))
+    ema = ShardedEMA(engine.fragments, (0.9,))
+    flags = []
+    for step in range(4):
+        _, outcome = toy_step(engine, step)
+        ema.update(outcome.skipped)
+        flags.append((float(outcome.skipped), float(outcome.spike)))
+    before, steps = state_of(engine, ema), engine.fragments.steps()
+    _, outcome = toy_step(engine, 4, factor=1e4)
+    ema.update(outcome.skipped)
+    flags.append((float(outcome.skipped), float(outcome.spike)))
+    unchanged = same_state(before, state_of(engine, ema)) and steps == engine.fragments.steps()
+    _, outcome = toy_step(engine, 5)
+    flags.append((float(outcome.skipped), float(outcome.spike)))
+    return {"flags": flags, "unchanged": unchanged, "norm": float(outcome.grad_norm or 0), "updates": ema.updates}
+
+
+@pytest.mark.parametrize(
+    ("stage", "guard", "precision", "policy"),
+    [
+        (0, "deepspeed", "fp32", "skip"),
+        (0, "deepspeed", "bf16", "skip"),
+        (1, "deepspeed", "fp32", "skip"),
+        (1, "deepspeed", "bf16", "skip"),
+        (1, "device", "fp32", "count"),
+        (2, "device", "bf16", "skip"),
+        (2, "deepspeed", "fp32", "count"),
+        (3, "deepspeed", "fp32", "skip"),
+    ],
+)
+def test_a_gradient_spike_is_skipped_or_counted_on_all_ranks(
+    stage: int, guard: str, precision: str, policy: str
+) -> None:
+    for result in run_ranks(_spiked, 2, stage, guard, precision, policy):
+        skipped = float(policy == "skip")
+        assert result["flags"] == [(0.0, 0.0)] * 4 + [(skipped, 1.0), (0.0, 0.0)]
+        assert result["unchanged"] == (policy == "skip"), "weights, moments, step counts and averages"
+        assert result["updates"] == (4 if policy == "skip" else 5)
 
 
 def _exchange(stage: int, precision: str) -> dict[str, bool]:

@@ -235,6 +235,43 @@ def test_a_run_that_only_skips_goes_back_once_and_ends(tmp_path: Path, data: Pat
     assert newest_valid(tmp_path / "checkpoints")[1].step == 3
 
 
+SPIKES = {"training__spike_window": 3, "training__spike_sigmas": 30.0}
+
+
+@pytest.mark.parametrize(("policy", "stage"), [("skip", 1), ("skip", 3), ("count", 1)])
+def test_a_gradient_spike_is_skipped_or_only_counted(
+    tmp_path: Path, data: Path, uninterrupted: Path, policy: str, stage: int
+) -> None:
+    # Two micro-batches per step: visits 9 and 10 are step 5.
+    fault = {"ARDIST_FAULT": "value@trainer.loss#9:10000;value@trainer.loss#10:10000"}
+    changes = {**SPIKES, "training__spike_policy": policy, "training__zero_stage": stage}
+    assert [o.value for o in Ranks(train_outcome, 2, config_of(tmp_path, data, **changes), env=fault).wait()] == [
+        "done",
+        "done",
+    ]
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary["events"]["training.gradient_spike"] == 1
+    assert summary["skipped_steps"] == summary["events"].get("training.skipped_step", 0) == int(policy == "skip")
+    [entry] = [json.loads(line) for line in (tmp_path / "skipped_steps.jsonl").read_text().splitlines()]
+    assert (entry["step"], entry["reason"], entry["skipped"]) == (5, "gradient spike", policy == "skip")
+    assert entry["grad_norm"] > 100
+    assert sorted(entry["ranks"][0]["sample_ids"] + entry["ranks"][1]["sample_ids"]) == sample_ids(uninterrupted)[5]
+    steps = STEPS - float(policy == "skip")
+    assert read_commit(candidates(tmp_path / "checkpoints")[0]).adam_steps == {0: steps, 1: steps}
+
+
+def test_spikes_in_a_row_go_back_once_and_the_window_is_part_of_the_state(tmp_path: Path, data: Path) -> None:
+    fault = {"ARDIST_FAULT": ";".join(f"value@trainer.loss#{number}:10000" for number in range(9, 61))}
+    changes = {**SPIKES, "training__spike_policy": "skip", "training__max_skipped_in_row": 2}
+    changes |= {"checkpoint__asynchronous": False}
+    for outcome in Ranks(train_outcome, 2, config_of(tmp_path, data, **changes), env=fault).wait():
+        assert outcome.value is not None, outcome
+        assert outcome.value.startswith("TrainingDivergedError: 2 steps in a row up to step 5"), outcome.value
+    steps = [json.loads(line)["step"] for line in (tmp_path / "skipped_steps.jsonl").read_text().splitlines()]
+    assert steps == [5, 6, 4, 5], "after the way back to step 3 the window is that of step 3, and full"
+    assert len(read_commit(candidates(tmp_path / "checkpoints")[0]).state["spikes"]) == 3
+
+
 def test_a_second_job_on_a_run_directory_is_refused(tmp_path: Path, data: Path) -> None:
     first = Ranks(train_outcome, 1, config_of(tmp_path, data), env={"ARDIST_FAULT": "sleep@trainer.batch:0.5"})
     wait_for_step(tmp_path, 1)

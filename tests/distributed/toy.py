@@ -62,7 +62,7 @@ def toy_engine(config: TrainConfig) -> Engine:
     return Engine(Toy(), config, world)
 
 
-def toy_step(engine: Engine, step: int, *, poison: bool = False) -> tuple[float, StepOutcome]:
+def toy_step(engine: Engine, step: int, *, poison: bool = False, factor: float = 1.0) -> tuple[float, StepOutcome]:
     """One optimiser step on the global batch number `step`; returns its mean loss over all ranks and the outcome."""
     generator = torch.Generator().manual_seed(1000 + step)
     size = engine.config.training.global_batch_size
@@ -78,6 +78,8 @@ def toy_step(engine: Engine, step: int, *, poison: bool = False) -> tuple[float,
         loss = (output.float() - y[rows]).square().mean()
         if poison and micro == 0:
             loss = loss * float("nan")
+        if factor != 1.0:
+            loss = loss * factor
         engine.backward(loss)
         losses.append(loss.detach())
     outcome = engine.step(lr=1e-2)

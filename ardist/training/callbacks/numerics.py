@@ -1,4 +1,5 @@
-"""Skipped steps made visible: counted, their samples written down, and an end put to a run that only skips."""
+"""Skipped steps and spikes made visible: counted, their samples written down, and an end put to a run that only
+skips."""
 
 from __future__ import annotations
 
@@ -11,6 +12,7 @@ import torch
 from ardist.errors import ArdistError
 from ardist.events import events
 from ardist.training.callbacks.base import Callback
+from ardist.training.engine import StepOutcome
 from ardist.training.run_dir import append_line
 from ardist.training.state import roll_back
 
@@ -19,23 +21,24 @@ if TYPE_CHECKING:
 
 
 class TrainingDivergedError(ArdistError):
-    """Step after step had gradients that are not finite; the weights are those before the first of them."""
+    """Step after step was skipped; the weights are those before the first of them."""
 
 
 @dataclass
 class _Step:
     step: int
     epoch: int
-    skipped: torch.Tensor | bool
+    outcome: StepOutcome
     sample_ids: torch.Tensor
     num_frames: int
     loss: torch.Tensor
 
 
 class SkippedSteps(Callback):
-    """Follows which steps were skipped because loss or gradient was not finite on some rank.
+    """Follows which steps were skipped, because loss or gradient was not finite on some rank or the gradient norm was
+    a spike, and which spikes were only to be counted.
 
-    A skip that DeepSpeed decided is known at once; one that the device decided is read at the next log point. After
+    A skip that DeepSpeed decided is known at once; what the device decided is read at the next log point. After
     ``training.max_skipped_in_row`` skips in a row the run goes back to its last checkpoint, once, and then ends.
     """
 
@@ -45,36 +48,33 @@ class SkippedSteps(Callback):
         self._rolled_back = False
 
     def after_step(self, trainer: Trainer) -> None:
-        skipped = trainer.outcome.skipped
         self._open.append(
             _Step(
                 trainer.step,
                 trainer.epoch,
-                skipped,
+                trainer.outcome,
                 trainer.sample_ids,
                 trainer.num_frames,
                 torch.stack(trainer.losses).mean(),
             )
         )
         due = trainer.step % trainer.config.training.log_every == 0 or trainer.step == trainer.total_steps
-        if isinstance(skipped, bool) or due or trainer.stopping:
+        if trainer.outcome.skipped is True or due or trainer.stopping:
             self._read(trainer)
 
     def _read(self, trainer: Trainer) -> None:
-        flags = [step.skipped for step in self._open]
-        on_device = [flag for flag in flags if isinstance(flag, torch.Tensor)]
-        read = iter(torch.stack(on_device).tolist() if on_device else [])
-        for step in self._open:
-            skipped = bool(next(read)) if isinstance(step.skipped, torch.Tensor) else step.skipped
+        skips = _values([step.outcome.skipped for step in self._open])
+        spikes = _values([step.outcome.spike for step in self._open])
+        for step, skipped, spike in zip(self._open, skips, spikes, strict=True):
             self._in_row = self._in_row + 1 if skipped else 0
-            if skipped:
-                self._report(trainer, step)
+            if skipped or spike:
+                self._report(trainer, step, skipped, spike)
         self._open.clear()
         if self._in_row >= trainer.config.training.max_skipped_in_row:
             self._give_up(trainer)
 
-    def _report(self, trainer: Trainer, step: _Step) -> None:
-        trainer.history.skipped_steps += 1
+    def _report(self, trainer: Trainer, step: _Step, skipped: bool, spike: bool) -> None:
+        trainer.history.skipped_steps += skipped
         loss = float(step.loss)
         device_ids = step.sample_ids.to(trainer.world.device)
         mine = {
@@ -84,10 +84,21 @@ class SkippedSteps(Callback):
             **trainer.objective.describe(device_ids, step.epoch, step.num_frames),
         }
         ranks = trainer.world.all_gather(mine)
-        if trainer.world.is_main:
+        if not trainer.world.is_main:
+            return
+        reason = "gradient spike" if spike else "not finite"
+        norm = None if step.outcome.grad_norm is None else float(step.outcome.grad_norm)
+        if spike:
+            events.count("training.gradient_spike", step=step.step, grad_norm=norm, skipped=skipped)
+        if skipped:
             guilty = [rank["rank"] for rank in ranks if isinstance(rank["loss"], str)]
-            events.count("training.skipped_step", step=step.step, ranks_with_bad_loss=guilty)
-            append_line(trainer.run.skipped_steps, {"step": step.step, "epoch": step.epoch, "ranks": ranks})
+            events.count("training.skipped_step", step=step.step, reason=reason, ranks_with_bad_loss=guilty)
+        record = {"step": step.step, "epoch": step.epoch, "reason": reason, "skipped": skipped}
+        finite_norm = norm if norm is not None and math.isfinite(norm) else str(norm)
+        try:
+            append_line(trainer.run.skipped_steps, {**record, "grad_norm": finite_norm, "ranks": ranks})
+        except OSError as error:
+            events.count("metrics.failed", step=step.step, reason=error)
 
     def _give_up(self, trainer: Trainer) -> None:
         count, self._in_row = self._in_row, 0
@@ -95,6 +106,14 @@ class SkippedSteps(Callback):
             self._rolled_back = True
             return
         raise TrainingDivergedError(
-            f"{count} steps in a row up to step {trainer.step} had gradients that are not finite; the samples are "
-            f"listed in {trainer.run.skipped_steps}. Lower optimizer.lr or optimizer.grad_clip, or look at the data"
+            f"{count} steps in a row up to step {trainer.step} were skipped, for gradients that are not finite or "
+            f"spikes; their samples are listed in {trainer.run.skipped_steps}. Lower optimizer.lr or "
+            "optimizer.grad_clip, or look at the data"
         )
+
+
+def _values(flags: list[torch.Tensor | bool]) -> list[bool]:
+    """Flags of steps on the host; those on the device come in one read."""
+    on_device = [flag.float() for flag in flags if isinstance(flag, torch.Tensor)]
+    read = iter(torch.stack(on_device).tolist() if on_device else [])
+    return [bool(next(read)) if isinstance(flag, torch.Tensor) else flag for flag in flags]
