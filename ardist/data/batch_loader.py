@@ -16,7 +16,7 @@ import torch
 from ardist import fault
 from ardist.config.data import DataConfig
 from ardist.data.batch import Batch, RowBuffer
-from ardist.data.dataset_stream import DatasetStream
+from ardist.data.dataset_stream import DatasetStream, Taken
 from ardist.data.health import SampleHealth, Substitution
 from ardist.data.manifest import Manifest
 from ardist.data.order import Places
@@ -32,8 +32,13 @@ class Piece(NamedTuple):
 
     dataset: int
     epoch: int
-    places: Places
+    taken: Taken
     slot: int
+
+    @property
+    def places(self) -> Places:
+        """Where they are."""
+        return self.taken.places
 
 
 @dataclass
@@ -69,6 +74,7 @@ class BatchLoader(ABC):
         self._health = SampleHealth(config.max_bad_fraction)
         self._sanity = [LatentSanity(stream.manifest, stream.path) for stream in self.streams]
         self._shapes = list(dict.fromkeys((stream.manifest.shape, stream.manifest.dtype) for stream in self.streams))
+        self._whole_windows = False
         self._buffer_count = self._count_buffers()
         self._pipeline: OrderedPipeline[Step, list[RowBuffer]] | None = None
         self._planned: Any = None
@@ -157,8 +163,9 @@ class BatchLoader(ABC):
                 stream.after_fork()
         self._planned = self._position()
         for stream in self.streams:
-            stream.begin()
-        threads = min(self.config.fetch_threads, self._buffer_count - 1)
+            stream.begin(whole_windows=self._whole_windows)
+        # From windows in memory one thread copies faster than two, which would wait for Python's lock in turns.
+        threads = 1 if self._whole_windows else min(self.config.fetch_threads, self._buffer_count - 1)
         self._pipeline = OrderedPipeline(
             self._plan, self._fill, self._make_buffer, self._buffer_count, threads, "ardist-read"
         )
@@ -176,9 +183,15 @@ class BatchLoader(ABC):
     def _fill(self, step: Step, buffers: list[RowBuffer]) -> None:
         fault.point("data.fill")
         buffer = buffers[self._buffer_of(step)]
-        for piece in step.pieces:
-            stream = self.streams[piece.dataset]
-            step.substitutions.update(stream.fill(piece.epoch, piece.places, buffer, piece.slot))
+        filled = 0
+        try:
+            for piece in step.pieces:
+                filled += 1
+                stream = self.streams[piece.dataset]
+                step.substitutions.update(stream.fill(piece.epoch, piece.taken, buffer, piece.slot))
+        finally:
+            for piece in step.pieces[filled:]:
+                self.streams[piece.dataset].let_go(piece.taken)
 
     def _count_buffers(self) -> int:
         """Batch buffers that fit in the bound: one for the consumer and at least one to read ahead."""
@@ -189,7 +202,16 @@ class BatchLoader(ABC):
                 f"two batches of {self.batch_size} samples {shapes} take {2 * size} bytes, more than "
                 f"data.prefetch_bytes={self.config.prefetch_bytes}; legal: {2 * size} or more, or a smaller batch"
             )
-        return min(self.config.prefetch_bytes // size, _MAX_BUFFERS)
+        return min((self.config.prefetch_bytes - self._arena_bytes(size)) // size, _MAX_BUFFERS)
+
+    def _arena_bytes(self, size: int) -> int:
+        """Memory for reading whole windows ahead beside batches of `size` bytes: 0 where it does not fit or pay."""
+        needs = [stream.arena_bytes() for stream in self.streams]
+        total = sum(need for need in needs if need is not None)
+        # A batch as long as a window leaves no time to read ahead; ranks that share a lane would all read it.
+        pays = self.global_batch_size <= self.config.lanes * self.config.window and self.world_size <= self.config.lanes
+        self._whole_windows = None not in needs and pays and total + 2 * size <= self.config.prefetch_bytes
+        return total if self._whole_windows else 0
 
     def metrics(self) -> dict[str, float]:
         """Totals since the start: samples, rates, seconds the consumer waited, substitutions, retries, cache."""

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import resource
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
 from ardist.config.data import DataConfig
 from ardist.data.batch import RowBuffer
@@ -15,13 +17,21 @@ from ardist.data.health import Substitution
 from ardist.data.manifest import Manifest
 from ardist.data.order import LaneOrder, Places
 from ardist.data.read_ahead import ReadAhead
-from ardist.data.reader import SampleReader
+from ardist.data.reader import BadSample, SampleReader
 from ardist.data.remote_source import open_source
 from ardist.data.source import missing_or_resized
+from ardist.data.window_arena import Window, WindowArena
 from ardist.errors import DataError
 from ardist.events import events
 
 _MAX_TRIES = 96
+
+
+class Taken(NamedTuple):
+    """Where the samples of a batch are, and the windows in memory that are kept for it."""
+
+    places: Places
+    windows: tuple[Window, ...]
 
 
 class DatasetStream:
@@ -45,6 +55,9 @@ class DatasetStream:
         self._missing = self._check_files() if look else frozenset()
         self._lock = threading.Lock()
         self._read_ahead: ReadAhead | None = None
+        self._arena: WindowArena | None = None
+        # Where the batch is not a multiple of the lanes, a rank's lanes are these for most of its samples.
+        self._lanes = range(config.lanes * rank // ranks, -(-config.lanes * (rank + 1) // ranks))
 
     def _check_files(self) -> frozenset[str]:
         problems = missing_or_resized(self._source)
@@ -66,22 +79,37 @@ class DatasetStream:
             raise DataError(f"no shard of {self.path} can be read:\n{listing}")
         return frozenset(gone)
 
-    def take(self, epoch: int, consumed: int, count: int, start: int, stop: int) -> Places:
+    def take(self, epoch: int, consumed: int, count: int, start: int, stop: int) -> Taken:
         """`LaneOrder.take`, and reading ahead for the lanes of these slots begins."""
         with self._lock:
             places = self.order.take(epoch, consumed, count, start, stop)
+        windows: tuple[Window, ...] = ()
         if self._read_ahead is not None and len(places.positions):
+            first, last = consumed // self.order.lanes, (consumed + count - 1) // self.order.lanes
+            if self._arena is not None:
+                windows = self._arena.hold(epoch, first // self.order.window, last // self.order.window)
             lanes = places.positions // self.order.lane_length
-            self._read_ahead.advance(
-                epoch, (consumed + count - 1) // self.order.lanes, range(int(lanes.min()), int(lanes.max()) + 1)
-            )
-        return places
+            self._read_ahead.advance(epoch, last, range(int(lanes.min()), int(lanes.max()) + 1))
+        return Taken(places, windows)
 
-    def fill(self, epoch: int, places: Places, buffer: RowBuffer, slot: int) -> dict[int, Substitution]:
+    def let_go(self, taken: Taken) -> None:
+        """Nothing will be filled from these places after all."""
+        if self._arena is not None:
+            self._arena.let_go(taken.windows)
+
+    def fill(self, epoch: int, taken: Taken, buffer: RowBuffer, slot: int) -> dict[int, Substitution]:
         """Fill the rows of `buffer` from `slot` on with good samples; returns the substitutions by row."""
+        places = taken.places
+        if self._arena is not None and taken.windows:
+            left = self._arena.serve(taken.windows, places, buffer, slot)
+        else:
+            left = np.arange(len(places.positions))
+        bad: list[BadSample] = []
+        for first, stop in unbroken(left):
+            bad += self._reader.read(places.shards[first:stop], places.rows[first:stop], buffer, slot + first)
         return {
-            bad.slot: self._substitute(epoch, int(places.positions[bad.slot - slot]), bad.slot, bad.error, buffer)
-            for bad in self._reader.read(places.shards, places.rows, buffer, slot)
+            here: self._substitute(epoch, int(places.positions[here - slot]), here, error, buffer)
+            for here, error in bad
         }
 
     def _substitute(self, epoch: int, position: int, slot: int, error: ShardError, buffer: RowBuffer) -> Substitution:
@@ -106,19 +134,26 @@ class DatasetStream:
             )
         raise DataError(f"no good sample was found in place of a bad one after {_MAX_TRIES} tries: {error}")
 
-    def begin(self) -> None:
-        """Start reading ahead."""
-        self._read_ahead = ReadAhead(self.order, self._reader.prepare, self.config.fetch_threads, self._lock)
+    def arena_bytes(self) -> int | None:
+        """Memory that reading whole windows ahead takes; None where it would gain nothing."""
+        shape, dtype = self.manifest.shape, self.manifest.dtype
+        return WindowArena.bytes_for(len(self._lanes), self.config.window, shape, dtype)
+
+    def begin(self, *, whole_windows: bool) -> None:
+        """Start reading ahead; `whole_windows`: into memory."""
+        shape, dtype = self.manifest.shape, self.manifest.dtype
+        self._arena = WindowArena(self.order, self._lanes, shape, dtype) if whole_windows else None
+        self._read_ahead = ReadAhead(self.order, self._reader, self._arena, self.config.fetch_threads, self._lock)
 
     def end(self) -> None:
         """Stop reading ahead."""
         if self._read_ahead is not None:
             self._read_ahead.close()
-        self._read_ahead = None
+        self._read_ahead = self._arena = None
 
     def after_fork(self) -> None:
         """Leave the parent's locks and threads behind."""
-        self._lock, self._read_ahead = threading.Lock(), None
+        self._lock, self._read_ahead, self._arena = threading.Lock(), None, None
         self._reader.after_fork()
 
     def metrics(self) -> Mapping[str, float]:
@@ -129,6 +164,14 @@ class DatasetStream:
         """Stop reading ahead and close every file."""
         self.end()
         self._reader.close()
+
+
+def unbroken(numbers: npt.NDArray[np.int64]) -> Iterator[tuple[int, int]]:
+    """[first, stop) of every run of consecutive ones among ascending numbers."""
+    if len(numbers):
+        cuts = np.flatnonzero(np.diff(numbers) != 1) + 1
+        for run in np.split(numbers, cuts):
+            yield int(run[0]), int(run[-1]) + 1
 
 
 def _max_open(wanted: int) -> int:

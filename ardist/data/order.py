@@ -159,10 +159,15 @@ class LaneOrder:
             raise ConfigError(
                 f"places {consumed}..{consumed + count} leave the epoch, which has {self.stream_length} places"
             )
-        places = np.arange(consumed, consumed + count, dtype=np.int64)
-        by_lane = np.argsort(places % self.lanes, kind="stable")
-        chosen = places[by_lane[start:stop]]
-        lane, offset = chosen % self.lanes, chosen // self.lanes
+        if count % self.lanes == 0:
+            # Every lane has as many places, and those before the lane at which the batch begins come one later.
+            each, first = count // self.lanes, consumed % self.lanes
+            lane, turn = np.divmod(np.arange(count, dtype=np.int64)[start:stop], each)
+            offset = consumed // self.lanes + (lane < first) + turn
+        else:
+            places = np.arange(consumed, consumed + count, dtype=np.int64)
+            chosen = places[np.argsort(places % self.lanes, kind="stable")[start:stop]]
+            lane, offset = chosen % self.lanes, chosen // self.lanes
         return self.locate(epoch, lane * self.lane_length + self._shuffle(epoch, lane, offset))
 
     def _shuffle(self, epoch: int, lane: npt.NDArray[np.int64], offset: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import threading
 from collections.abc import Callable
@@ -11,49 +12,73 @@ import numpy as np
 
 from ardist.data.errors import ShardError
 from ardist.data.order import LaneOrder, Places
+from ardist.data.reader import SampleReader
+from ardist.data.window_arena import Window, WindowArena
 from ardist.errors import ArdistError
 
 _log = logging.getLogger("ardist.data")
 
 
 class ReadAhead:
-    """Calls `prepare(shard, first row, last row)` in its own threads for the window after the one that is read.
+    """Gets the window after the one that is read, in its own threads.
 
-    prepare: opens, fetches and advises; what it raises is met again, and reported, by the
-    read that needs the data.
+    Where there is an arena the window is read into it, else its files are opened, fetched and advised. What goes
+    wrong is met again, and reported, by the read that needs the data.
     """
 
     def __init__(
         self,
         order: LaneOrder,
-        prepare: Callable[[int, int, int], None],
+        reader: SampleReader,
+        arena: WindowArena | None,
         threads: int,
         lock: threading.Lock,
     ) -> None:
-        self._order, self._prepare, self._lock = order, prepare, lock
+        self._order, self._reader, self._arena, self._lock = order, reader, arena, lock
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="ardist-fetch")
         self._at: tuple[int, int, range] | None = None
 
     def advance(self, epoch: int, offset: int, lanes: range) -> None:
         """Reading has come to `offset` of these lanes in `epoch`; called in order, by one thread at a time."""
         window = offset // self._order.window
+        lanes = lanes if self._arena is None else self._arena.lanes
         if self._at == (epoch, window, lanes):
             return
         if self._at is None:
-            self._submit(epoch, window, lanes)
+            for shard, first, last in runs(self._places(epoch, window, lanes)):
+                self._pool.submit(self._one, self._reader.prepare, shard, first, last)
         self._at = epoch, window, lanes
-        last = (self._order.lane_length - 1) // self._order.window
-        self._submit(*((epoch, window + 1) if window < last else (epoch + 1, 0)), lanes)
+        end = (self._order.lane_length - 1) // self._order.window
+        self._submit(*((epoch, window + 1) if window < end else (epoch + 1, 0)), lanes)
 
-    def _submit(self, epoch: int, window: int, lanes: range) -> None:
+    def _places(self, epoch: int, window: int, lanes: range) -> Places:
         with self._lock:
-            places = self._order.window_places(epoch, window, lanes)
-        for shard, first, last in runs(places):
-            self._pool.submit(self._one, shard, first, last)
+            return self._order.window_places(epoch, window, lanes)
 
-    def _one(self, shard: int, first: int, last: int) -> None:
+    def _submit(self, epoch: int, number: int, lanes: range) -> None:
+        wanted = runs(self._places(epoch, number, lanes))
+        if self._arena is None:
+            for shard, first, last in wanted:
+                self._pool.submit(self._one, self._reader.prepare, shard, first, last)
+            return
+        window = self._arena.begin(epoch, number, len(wanted))
+        row = 0
+        for shard, first, last in wanted:
+            self._pool.submit(self._one, functools.partial(self._load, window, row), shard, first, last)
+            row += last - first + 1
+
+    def _load(self, window: Window, row: int, shard: int, first: int, last: int) -> None:
+        assert self._arena is not None
         try:
-            self._prepare(shard, first, last)
+            memory = self._arena.claim(window)
+            if memory is not None:
+                self._reader.read_run(shard, first, last, memory, row)
+        finally:
+            self._arena.loaded(window)
+
+    def _one(self, work: Callable[[int, int, int], None], shard: int, first: int, last: int) -> None:
+        try:
+            work(shard, first, last)
         except ShardError as error:
             _log.debug("read-ahead: %s", error)
         except (ArdistError, OSError) as error:
@@ -61,6 +86,8 @@ class ReadAhead:
 
     def close(self) -> None:
         """Drop what has not begun and wait for what has."""
+        if self._arena is not None:
+            self._arena.close()
         self._pool.shutdown(wait=True, cancel_futures=True)
 
 

@@ -21,12 +21,20 @@ from ardist.data.errors import ShardError
 from ardist.data.open_shards import OpenPart, OpenShard, ShardTable
 from ardist.data.sample import check_npy
 from ardist.data.source import ShardSource
+from ardist.data.window_arena import MemberRows
 from ardist.errors import DataError
 from ardist.events import events
 
 _TRANSIENT: Final = {errno.EIO, errno.ESTALE, errno.EAGAIN, errno.EINTR, errno.ETIMEDOUT}
 _TRIES: Final = 3
 _REMEMBERED: Final = 100_000
+_ROWS_AT_ONCE: Final = 64
+"""Few enough that their bytes are still in the processor's cache when they are hashed."""
+
+_BETWEEN: Final = memoryview(bytearray(64 * 1024))
+"""Where what lies between two members is read to; nobody looks at it."""
+
+_hash = xxhash.xxh3_64_intdigest
 
 
 class BadSample(NamedTuple):
@@ -60,6 +68,38 @@ class SampleReader:
     def prepare(self, shard: int, first: int, last: int) -> None:
         """Get rows first..last of a shard closer, because they are read soon. Raises `ShardError`."""
         self._table.prepare(shard, first, last)
+
+    def read_run(self, number: int, first: int, last: int, memory: MemberRows, at: int) -> None:
+        """Read rows first..last of a shard into the rows `at`, `at` + 1, … of `memory` and mark those that are good.
+
+        What is not marked must be read with `read`, which says what is wrong with it. Raises `ShardError`.
+        """
+        while first <= last:
+            part = self._table.part(number, first)
+            stop = min(last + 1, part.last, first + _ROWS_AT_ONCE)
+            self._read_rows(part, first, stop, memory, at)
+            first, at = stop, at + stop - first
+
+    def _read_rows(self, part: OpenPart, first: int, stop: int, memory: MemberRows, at: int) -> None:
+        shard, count = part.shard, stop - first
+        offsets = shard.offsets[first:stop].astype(np.int64)
+        gaps = np.diff(offsets) - memory.member_size
+        usual = shard.same_sizes and shard.member_size == memory.member_size
+        if not usual or (count > 1 and (gaps.min() < 0 or gaps.max() > len(_BETWEEN))):
+            return
+        start = offsets.item(0) - part.base
+        targets: list[Any] = [memory.members[at]]
+        for member, gap in zip(memory.members[at + 1 : at + count], gaps.tolist(), strict=True):
+            targets += (_BETWEEN[:gap], member)
+        if os.preadv(part.fd, targets, start) != offsets.item(-1) - part.base + memory.member_size - start:
+            return
+        hashes = shard.hashes[first:stop].tolist()
+        sound = [_hash(member) == digest for member, digest in zip(memory.members[at:], hashes, strict=False)]
+        rows, labels = slice(at, at + count), shard.class_ids[first:stop]
+        plain = (memory.bytes[rows, : memory.header_length] == memory.expected_header).all(axis=1)
+        known = memory.finite(at, at + count) & (labels < self._num_classes)
+        memory.keys[rows], memory.class_ids[rows] = shard.keys[first:stop], labels
+        memory.good[rows] = np.array(sound) & plain & known
 
     def read(
         self, shards: npt.NDArray[np.int64], rows: npt.NDArray[np.int64], buffer: RowBuffer, slot: int = 0
