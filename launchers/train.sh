@@ -17,4 +17,4 @@ if [[ -z "${PYTHON:-}" ]]; then
 fi
 
 # The process is replaced, so that a signal to this script is a signal to the program.
-exec "${PYTHON}" -m ardist.training.launch "$@"
+exec "${PYTHON}" -m ardist.launch.main "$@"

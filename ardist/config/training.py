@@ -11,6 +11,7 @@ from ardist.config.ar_vae import ARVAEConfig
 from ardist.config.base import Section
 from ardist.config.data import DataConfig
 from ardist.config.denoiser import DenoiserConfig
+from ardist.config.launch import LaunchConfig
 
 Law = Literal["fopp", "synchronous", "independent", "uniform_monotone"]
 Fraction = Annotated[float, Field(ge=0, le=1)]
@@ -206,6 +207,7 @@ class TrainConfig(Section):
             known = value in ("auto", "raw") or 0 <= float(value) < 1
         except ValueError:
             known = False
+    launch: LaunchConfig = LaunchConfig()
         if not known:
             raise ValueError("legal: auto, raw, or an EMA decay of at least 0 and below 1")
         return value

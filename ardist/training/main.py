@@ -14,15 +14,18 @@ import time
 import traceback
 import warnings
 from collections.abc import Sequence
+from types import FrameType
 
 import psutil
 
 from ardist import log
 from ardist.config import TrainConfig, load_config
-from ardist.errors import ArdistError
+from ardist.errors import ArdistError, Preempted
 from ardist.training import distributed
-from ardist.training.launch import LAUNCHER_VARIABLE
+from ardist.training.heartbeat import heartbeat
+from ardist.training.stopping import SIGNALS
 
+LAUNCHER_VARIABLE = "ARDIST_LAUNCHER"
 WATCH_SECONDS = 2.0
 _PR_SET_PDEATHSIG = 1
 
@@ -47,27 +50,45 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from ardist.training.trainer import train
 
         train(config)
+        heartbeat.end(0)
         return 0
     except ArdistError as error:
+        heartbeat.end(error.exit_code, str(error))
         # Every rank meets the same bad configuration; one message per machine is enough.
         if os.environ.get("LOCAL_RANK", "0") == "0":
             _show(error, f"ardist train: {error}", options.debug)
         return error.exit_code
     except KeyboardInterrupt:
+        heartbeat.end(128 + signal.SIGINT, "interrupted")
         return 128 + signal.SIGINT
     except Exception as error:  # noqa: BLE001 - the last line of defence: reported, and the launcher ends the others
+        heartbeat.end(1, f"{type(error).__name__}: {error}")
         rank = os.environ.get("RANK", "0")
         _show(error, f"ardist train, rank {rank}: unexpected {type(error).__name__}: {error}", debug=True)
         return 1
 
 
 def prepare_process() -> None:
-    """What only a process of its own needs: traces of native crashes, an end when the launcher ends."""
+    """What only a process of its own needs: traces of native crashes, a heartbeat, an end when the launcher ends."""
     faulthandler.enable()
+    leave_on_signals()
+    heartbeat.start_from_environment()
     die_with_parent()
     watch_launcher()
     # DeepSpeed calls functions that this torch names otherwise; once per rank and kind is once too often.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+
+
+def leave_on_signals() -> None:
+    """Until the loop takes the signals over there is nothing to save: whoever asks for an end gets it at once."""
+
+    def leave(number: int, frame: FrameType | None) -> None:
+        heartbeat.end(Preempted.exit_code, f"{signal.Signals(number).name} while starting")
+        os._exit(Preempted.exit_code)
+
+    for number in SIGNALS:
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, leave)
 
 
 def die_with_parent() -> None:

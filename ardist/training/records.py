@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from ardist import fault
 from ardist.events import events
+from ardist.training import goodput
 from ardist.training.run_dir import append_line, write_atomically
 from ardist.training.tracking import Tracker, open_tracker
 
@@ -67,6 +68,10 @@ class Records:
             "events": dict(sorted(counts.items())),
             **{f"last_{kind}": _scalars(record) for kind, record in self.last.items()},
         }
+        launches = goodput.summarise(trainer.run.path, history.useful_seconds)
+        if launches is not None:
+            # The supervisor also counts the time in which no rank ran.
+            summary |= {"wall_seconds": launches["wall_seconds"], "goodput": launches["goodput"], "launches": launches}
         try:
             text = json.dumps(summary, indent=2, allow_nan=False) + "\n"
             write_atomically(trainer.run.summary, text)

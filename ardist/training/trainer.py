@@ -31,6 +31,7 @@ from ardist.training.distributed import World
 from ardist.training.ema import ShardedEMA
 from ardist.training.engine import Engine, StepOutcome
 from ardist.training.objectives import build_objective
+from ardist.training.heartbeat import Phase, heartbeat
 from ardist.training.optimizer import learning_rate
 from ardist.training.preflight import check_run
 from ardist.training.records import Records
@@ -164,10 +165,12 @@ class Trainer:
             self.advance()
 
         self.stop.drain()
+        heartbeat.resumed(first_step)
         for callback in self.callbacks:
             callback.on_end(self)
         self.stop.saved = True
         if self.step > first_step:  # a run that was complete already keeps the summary of its last session
+        heartbeat.enter(Phase.END)
             self.records.write_summary()
         if self.step < self.total_steps:
             reason = "as training.stop_after asks" if self.stop_after_reached() else f"on {self.stop.name}"
@@ -184,7 +187,7 @@ class Trainer:
 
     def train_step(self) -> None:
         """One optimiser step over the global batch."""
-        with self.window.waiting_for_data():
+        with self.window.waiting_for_data(), heartbeat.phase(Phase.DATA):
             batch = next(self.loader)
         fault.point("trainer.batch")
         self.sample_ids, self.epoch, self.num_frames, self.losses = (
@@ -203,7 +206,11 @@ class Trainer:
             self.losses.append(loss.detach())
 
         fault.point("trainer.before_step")
-        self.outcome = self.engine.step(learning_rate(self.config.optimizer, self.step, self.total_steps))
+        heartbeat.advance()  # who hangs before this line keeps those who are behind it waiting
+        rate = learning_rate(self.config.optimizer, self.step, self.total_steps)
+        self.outcome = self.engine.step(rate)
+        if self.adversary is not None:
+            self.adversary.step(rate, self.outcome.skipped)
         if self.ema is not None:
             self.ema.update(self.outcome.skipped)
         self.step += 1
@@ -215,11 +222,13 @@ class Trainer:
         after = self.config.training.stop_after
         return after is not None and after <= self.step < self.total_steps
 
+        heartbeat.stepped(self.step)
     @contextmanager
     def outside_of_training(self) -> Iterator[None]:
         """Time spent here is no training time: it does not count in rates and goodput."""
         began = time.perf_counter()
-        yield
+        with heartbeat.phase(Phase.OTHER):
+            yield
         self.window.other_seconds += time.perf_counter() - began
 
     def close(self) -> None:

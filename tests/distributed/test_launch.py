@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import signal
 import subprocess
@@ -14,8 +15,8 @@ import pytest
 import yaml
 from tiny import records, settings, write_latents
 
+from ardist.launch.engines import MODULE
 from ardist.training.commit import newest_valid
-from ardist.training.launch import rank_processes
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
@@ -33,6 +34,12 @@ def start(tmp_path: Path, data: Path, *words: str, **environment: str) -> subpro
     command: list[Any] = [SCRIPT, "--ranks", "2", config, *words]
     with open(tmp_path / "output.txt", "ab") as log:
         return subprocess.Popen(command, stdout=log, stderr=log, env={**os.environ, **environment})
+
+
+def rank_processes(launcher: int) -> list[psutil.Process]:
+    """The ranks that descend from a launcher."""
+    children = psutil.Process(launcher).children(recursive=True)
+    return [child for child in children if ("-m", MODULE) in itertools.pairwise(child.cmdline())]
 
 
 def wait_for_step(run_dir: Path, step: int) -> None:

@@ -1,4 +1,4 @@
-"""Throughput, run directories, the window of a log point, the launcher's command line, DeepSpeed's settings."""
+"""Throughput, run directories, the window of a log point, DeepSpeed's settings."""
 
 from __future__ import annotations
 
@@ -7,9 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import settings, tiny_config
+from tiny import tiny_config
 
-from ardist.training import launch
 from ardist.training.callbacks.metrics import console_line
 from ardist.training.distributed import World, environment
 from ardist.training.ema import warmed_decay
@@ -98,46 +97,6 @@ def test_every_deepspeed_setting_comes_from_ours(tmp_path: Path) -> None:
     assert settings["wall_clock_breakdown"] is True
     plain = deepspeed_settings(tiny_config(tmp_path, tmp_path), 2, cuda=False)
     assert plain["gradient_clipping"] == 1.0
-
-
-def test_the_launcher_gets_words_not_a_line() -> None:
-    options = launch.parser().parse_intermixed_args(
-        ["--ranks", "2", "my config.yaml", "data.path=s3://a b/'c'", "training.steps=3", "--debug"]
-    )
-    words = launch.command(options)
-    where = words.index("--module")
-    assert words[where + 1 :] == [
-        launch.MODULE,
-        "my config.yaml",
-        "data.path=s3://a b/'c'",
-        "training.steps=3",
-        "--debug",
-    ]
-    assert words[words.index("--num_gpus") + 1] == "2"
-    multi = launch.command(
-        launch.parser().parse_intermixed_args(["--hostfile", "hosts", "--no-ssh", "--node-rank", "1", "c.yaml"])
-    )
-    assert multi[multi.index("--hostfile") + 1] == "hosts"
-    assert multi[multi.index("--node_rank") + 1] == "1"
-    assert "--num_gpus" not in multi
-
-
-@pytest.mark.parametrize(
-    ("file", "override", "text"),
-    [("absent.yaml", "training.steps=3", "cannot read"), ("run.yaml", "training.stepz=3", "did you mean 'steps'")],
-)
-def test_a_bad_configuration_ends_before_the_launcher_starts(
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    file: str,
-    override: str,
-    text: str,
-) -> None:
-    (tmp_path / "run.yaml").write_text(json.dumps(settings(tmp_path / "run", tmp_path)))
-    monkeypatch.setattr(launch.subprocess, "Popen", lambda *words, **options: pytest.fail("the launcher was started"))
-    assert launch.main(["--ranks", "2", str(tmp_path / file), override]) == 2
-    assert text in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("values", [("3", "2"), ("x", "2"), ("-1", "2")])

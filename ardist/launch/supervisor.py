@@ -1,0 +1,189 @@
+"""The restart loop: run an attempt, see why it ended, clean up, decide, keep the books."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import secrets
+import signal
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from ardist.config.launch import LaunchConfig
+from ardist.errors import HardwareError, Preempted
+from ardist.launch.nodes import Node
+from ardist.launch.policy import RestartPolicy, is_hopeless
+from ardist.launch.watchdog import Failure, Watchdog
+from ardist.training import goodput
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
+POLL_SECONDS = 0.1
+DEBOUNCE_SECONDS = 2.0
+_BLAME = ("cut off", "stopped", "died", "stuck", "error", "start")
+_log = logging.getLogger("ardist.launch")
+
+
+@dataclass
+class Attempt:
+    """One start of all ranks, in seconds since the supervisor's start."""
+
+    number: int
+    began: float
+    first_step: int | None = None
+    steps: int = 0
+    ranks: int = 0
+
+
+class Supervisor:
+    """Runs attempts until the run is done, stopped on request, or not worth another try."""
+
+    def __init__(self, limits: LaunchConfig, run_dir: Path, start: Callable[[int, str], Sequence[Node]]) -> None:
+        """`start` starts all ranks for an attempt's number and the job's name and returns the machines."""
+        self._limits = limits
+        self._run_dir = run_dir
+        self._start = start
+        self._job = secrets.token_hex(4)
+        self._began = time.monotonic()
+        self._signals: list[tuple[int, float]] = []
+        self._forwarded = 0
+
+    def run(self) -> int:
+        """Until the end; returns the exit code of the whole job."""
+        before = {number: signal.getsignal(number) for number in SIGNALS}
+        for number, handler in before.items():
+            if handler is not signal.SIG_IGN:
+                signal.signal(number, self._receive)
+        try:
+            return self._run()
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+            if self._run_dir.is_dir():
+                goodput.refresh_summary(self._run_dir)
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        self._signals.append((number, time.monotonic()))
+
+    def _run(self) -> int:
+        policy = RestartPolicy(self._limits)
+        for number in itertools.count(1):
+            attempt = Attempt(number, self._now())
+            outcome = self._attempt(attempt)
+            if isinstance(outcome, int):
+                return outcome
+            decision = policy.decide(outcome, resumed=attempt.first_step, steps=attempt.steps)
+            problem = decision.problem
+            if self._signals:
+                problem = "it was asked to stop, but not everything could be saved"
+            if problem is not None:
+                _log.error("attempt %d ended, %s; not started again: %s", number, outcome, problem)
+                return _exit_code(outcome)
+            _log.warning(
+                "attempt %d ended, %s (noticed after %.1f s); restart %d of at most %d without new checkpoint, in %g s",
+                *(number, outcome, outcome.seconds, decision.count, self._limits.max_restarts, decision.pause),
+            )
+            if (stopped := self._pause(decision.pause)) is not None:
+                return stopped
+        raise AssertionError("attempts are not bounded by their number")
+
+    def _pause(self, seconds: float) -> int | None:
+        """Wait; a signal meanwhile ends the job, whose last checkpoint is all there is to save."""
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            if self._signals:
+                return Preempted.exit_code
+            time.sleep(min(POLL_SECONDS, max(0.0, end - time.monotonic())))
+        return Preempted.exit_code if self._signals else None
+
+    def _attempt(self, attempt: Attempt) -> int | Failure:
+        nodes = self._start(attempt.number, self._job)
+        failed = None
+        try:
+            outcome = self._watch(attempt, nodes)
+            if isinstance(outcome, Failure):
+                failed = self._now() - outcome.seconds
+                self._keep_stacks(attempt, nodes)
+        finally:
+            for node in nodes:
+                node.kill()
+        cause = {0: "done", Preempted.exit_code: "preempted"}
+        details: dict[str, Any] = {"exit_code": outcome}
+        if isinstance(outcome, Failure):
+            details = {
+                "failed": failed, "detail": outcome.detail, "rank": outcome.rank, "phase": outcome.phase,
+                "step": outcome.step, "detect_seconds": outcome.seconds, "exit_code": _exit_code(outcome),
+            }  # fmt: skip
+        # What never trained is not written into what may be another job's run directory.
+        if self._run_dir.is_dir() and (attempt.first_step is not None or attempt.number > 1):
+            name = outcome.cause if isinstance(outcome, Failure) else cause.get(outcome, "stopped at once")
+            goodput.note_end(
+                self._run_dir, self._job, attempt.number, began=attempt.began, ended=self._now(), cause=name, **details
+            )
+        return outcome
+
+    def _watch(self, attempt: Attempt, nodes: Sequence[Node]) -> int | Failure:
+        watchdog = Watchdog(self._limits)
+        while True:
+            if (code := self._forward(nodes)) is not None:
+                return code
+            states = [node.state() for node in nodes]
+            beats = [beat for state in states for beat in state.beats]
+            self._note_steps(attempt, beats)
+            failures = [state.failure for state in states if state.failure is not None]
+            failure = min(failures, key=lambda one: _BLAME.index(one.cause)) if failures else watchdog.look(beats)
+            if failure is not None:
+                starting = failure.cause in ("died", "start", "error") and attempt.first_step is None
+                if self._signals and starting and not is_hopeless(failure):
+                    return Preempted.exit_code  # asked to stop while it started: there is nothing new to save
+                return failure
+            codes = [state.exit_code for state in states]
+            if None not in codes:
+                return max(code for code in codes if code is not None)
+            time.sleep(POLL_SECONDS)
+
+    def _forward(self, nodes: Sequence[Node]) -> int | None:
+        """Pass new signals on; the second one, after two seconds, ends everything at once."""
+        while self._forwarded < len(self._signals):
+            number, when = self._signals[self._forwarded]
+            self._forwarded += 1
+            if when - self._signals[0][1] >= DEBOUNCE_SECONDS:
+                _log.warning("a second signal, %s: stopping at once", signal.Signals(number).name)
+                return 128 + number
+            for node in nodes:
+                node.send_signal(number)
+        return None
+
+    def _note_steps(self, attempt: Attempt, beats: Sequence[Any]) -> None:
+        attempt.ranks = max(attempt.ranks, len(beats))
+        first = min((beat.first_step for beat in beats if beat.first_step is not None), default=None)
+        attempt.first_step = first if first is not None else attempt.first_step
+        steps = max((beat.step for beat in beats), default=0)
+        if first is not None and steps > first and not attempt.steps and self._run_dir.is_dir():
+            goodput.note_first_step(
+                self._run_dir, self._job, attempt.number, at=self._now(), resumed_step=first, ranks=len(beats)
+            )
+        attempt.steps = max(0, steps - first) if first is not None else 0
+
+    def _keep_stacks(self, attempt: Attempt, nodes: Sequence[Node]) -> None:
+        logs = self._run_dir / "logs"
+        for node in nodes:
+            for name, text in node.stacks().items():
+                try:
+                    logs.mkdir(parents=True, exist_ok=True)
+                    path = logs / f"attempt-{attempt.number:03d}-{name}"
+                    path.write_text(text, encoding="utf-8")
+                except OSError as error:
+                    _log.error("the stacks of %s cannot be written: %s", name, error)
+                    return
+
+    def _now(self) -> float:
+        return time.monotonic() - self._began
+
+
+def _exit_code(failure: Failure) -> int:
+    """That of the rank that failed; a death, a hang and a lost machine are the environment's fault."""
+    return HardwareError.exit_code if failure.exit_code is None else failure.exit_code

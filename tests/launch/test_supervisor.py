@@ -1,0 +1,266 @@
+"""The restart loop over ranks without torch: every way to die or hang is noticed, told, cleaned up and healed."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from ardist.config.launch import LaunchConfig
+from ardist.launch import engines, processes
+from ardist.launch.engines import Host, Placement, launches
+from ardist.launch.main import free_port
+from ardist.launch.nodes import LocalNode
+from ardist.launch.supervisor import Supervisor
+from ardist.training import goodput
+from ardist.training.heartbeat import read_beats
+
+HERE = Path(__file__).parent
+QUICK = {"heartbeat_seconds": 1.5, "step_seconds": 2.0, "data_seconds": 3.0, "other_seconds": 20.0}
+
+
+class Job:
+    """A supervised job of two toy ranks in a thread of this process, and what it left."""
+
+    def __init__(
+        self, directory: Path, *, steps: int = 12, seconds: float = 0.01, ranks: int = 2, **limits: Any
+    ) -> None:
+        self.directory = directory
+        self.limits = LaunchConfig.model_validate({"restart_pause_seconds": 0.05, **QUICK, **limits})
+        self.nodes: list[LocalNode] = []
+        self.words = ["toy_rank", str(directory), str(steps), str(seconds)]
+        self.ranks = ranks
+        self.supervisor = Supervisor(self.limits, directory, self.start)
+
+    def start(self, attempt: int, job: str) -> list[LocalNode]:
+        for path in self.directory.glob("at-*"):
+            path.unlink()
+        node = LocalNode("localhost", self.limits, module="toy_rank")
+        self.nodes.append(node)
+        placement = Placement((Host("localhost", self.ranks),), 0, "127.0.0.1", free_port())
+        environment = {**os.environ, "PYTHONPATH": str(HERE)}
+        node.start(launches("plain", placement, self.words, node.scratch), environment)
+        return [node]
+
+    def run(self) -> int:
+        code = self.supervisor.run()
+        assert all(processes.members(node._mark) == [] for node in self.nodes), "nothing is left of the job"
+        return code
+
+    def fault(self, rank: int, step: int, what: str) -> None:
+        (self.directory / f"fault-{rank}").write_text(f"{step} {what}")
+
+    @property
+    def history(self) -> list[int]:
+        """Steps in the order in which they were made, redone ones replaced."""
+        steps: list[int] = []
+        for line in (self.directory / "history").read_text().split():
+            steps = [step for step in steps if step < int(line)] + [int(line)]
+        return steps
+
+    @property
+    def rows(self) -> list[dict[str, Any]]:
+        return goodput.restarts(goodput.read(self.directory))
+
+    def stacks(self, rank: int) -> str:
+        return (self.directory / "logs" / f"attempt-001-stacks-rank-{rank:05d}.txt").read_text()
+
+
+def test_without_a_fault_nothing_is_restarted(tmp_path: Path) -> None:
+    job = Job(tmp_path)
+    assert job.run() == 0
+    assert job.rows == []
+    assert job.history == list(range(1, 13))
+
+
+@pytest.mark.parametrize(
+    ("what", "cause", "text", "seconds"),
+    [
+        ("SIGKILL", "died", "was ended by SIGKILL", 2),
+        ("segfault", "died", "was ended by SIGSEGV", 2),
+        ("SIGABRT", "died", "was ended by SIGABRT", 2),
+        ("SIGSTOP", "stopped", "gave no sign of life", 4),
+        ("gil", "stopped", "gave no sign of life", 4),
+        ("loop", "stuck", "made no progress", 5),
+        ("raise", "error", "something unforeseen", 2),
+        ("exit4", "error", "told to leave with 4", 2),
+    ],
+)
+def test_every_way_to_fail_is_named_and_healed(
+    tmp_path: Path, what: str, cause: str, text: str, seconds: float
+) -> None:
+    job = Job(tmp_path)
+    job.fault(1, 7, what)
+    assert job.run() == 0
+    [row] = job.rows
+    assert (row["cause"], row["rank"], row["step"]) == (cause, 1, 7)
+    # A stopped rank is woken to write its stacks and may reach the next checkpoint before it is killed.
+    assert row["lost_steps"] in ((2, 0) if what == "SIGSTOP" else (2,))
+    assert text in row["detail"]
+    assert row["detect_seconds"] < seconds
+    assert row["restart_seconds"] < 10
+    assert job.history == list(range(1, 13))
+    if what not in ("SIGKILL", "raise", "exit4"):
+        assert "toy_rank.py" in job.stacks(1), "where the rank was is on record"
+    if cause != "died":
+        assert "toy_rank.py" in job.stacks(0) or cause == "error", "and so is where its peers waited"
+
+
+def test_restarts_are_bounded_where_no_checkpoint_is_made(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    job = Job(tmp_path, max_restarts=2)
+    rearm(job, lambda attempt: job.fault(1, 3, "SIGKILL"))
+    assert job.run() == 4
+    assert len(job.rows) == 3
+    assert all(row["step"] == 3 for row in job.rows)
+
+
+def test_restarts_are_not_bounded_while_checkpoints_are_made(tmp_path: Path) -> None:
+    job = Job(tmp_path, steps=22, max_restarts=1)
+    rearm(job, lambda attempt: job.fault(0, 6 * attempt, "SIGKILL") if attempt <= 3 else None)
+    assert job.run() == 0
+    assert [row["step"] for row in job.rows] == [6, 12, 18]
+    assert [row["lost_steps"] for row in job.rows] == [1, 2, 3]
+
+
+@pytest.mark.parametrize("code", [2, 3])
+def test_bad_configuration_and_bad_data_are_not_tried_again(tmp_path: Path, code: int) -> None:
+    job = Job(tmp_path)
+    job.fault(0, 4, f"exit{code}")
+    assert job.run() == code
+    assert len(job.rows) == 1
+
+
+def test_an_error_at_the_start_is_not_tried_for_ever(tmp_path: Path) -> None:
+    job = Job(tmp_path)
+    job.words = ["no_such_module"]
+    assert job.run() == 1
+    assert len(job.nodes) == 2
+
+
+def rearm(job: Job, action: Callable[[int], None]) -> None:
+    start = job.supervisor._start
+
+    def armed(attempt: int, name: str) -> Any:
+        action(attempt)
+        return start(attempt, name)
+
+    job.supervisor._start = armed
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+def test_a_signal_to_the_supervisor_saves_and_ends_with_75(tmp_path: Path, number: int) -> None:
+    job = Job(tmp_path, steps=1000, seconds=0.02)
+    threading.Timer(1.5, lambda: os.kill(os.getpid(), number)).start()
+    assert job.run() == 75
+    saved = int((tmp_path / "saved").read_text())
+    assert saved == job.history[-1] > 0
+    assert goodput.read(tmp_path)[-1]["cause"] == "preempted"
+
+
+def test_a_signal_to_one_rank_is_no_failure(tmp_path: Path) -> None:
+    job = Job(tmp_path, steps=1000, seconds=0.02)
+    threading.Timer(1.5, lambda: os.kill(read_beats(job.nodes[-1].scratch)[1].pid, signal.SIGTERM)).start()
+    assert job.run() == 75
+    assert job.rows == []
+
+
+def test_a_failure_after_a_signal_is_not_called_saved(tmp_path: Path) -> None:
+    job = Job(tmp_path, steps=1000, seconds=0.02)
+
+    def ask_and_kill() -> None:
+        rank = read_beats(job.nodes[-1].scratch)[1].pid
+        os.kill(rank, signal.SIGSTOP)  # so that it cannot save before it dies
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.5)
+        os.kill(rank, signal.SIGKILL)
+
+    threading.Timer(1.5, ask_and_kill).start()
+    assert job.run() == 4
+    assert goodput.read(tmp_path)[-1]["cause"] == "died"
+    assert len(job.nodes) == 1, "it was asked to stop, so it is not started again"
+
+
+def test_a_second_signal_stops_at_once(tmp_path: Path) -> None:
+    job = Job(tmp_path, steps=1000, seconds=0.02, heartbeat_seconds=60, step_seconds=60, data_seconds=60)
+    job.fault(0, 5, "SIGSTOP")
+    for delay in (1.5, 3.7):
+        threading.Timer(delay, lambda: os.kill(os.getpid(), signal.SIGTERM)).start()
+    began = time.monotonic()
+    assert job.run() == 128 + signal.SIGTERM
+    assert time.monotonic() - began < 10
+
+
+def test_a_killed_supervisor_leaves_no_orphan_not_even_a_stopped_one(tmp_path: Path) -> None:
+    (tmp_path / "fault-1").write_text("5 SIGSTOP")
+    code = f"""
+import sys; sys.path.insert(0, {str(HERE)!r})
+from pathlib import Path
+from test_supervisor import Job
+job = Job(Path({str(tmp_path)!r}), steps=1000, heartbeat_seconds=60, data_seconds=60, step_seconds=60, grace_seconds=1)
+start = job.supervisor._start
+def told(*words):
+    nodes = start(*words)
+    print(nodes[0]._mark, flush=True)
+    return nodes
+job.supervisor._start = told
+job.run()
+"""
+    supervisor = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    assert supervisor.stdout is not None
+    mark = supervisor.stdout.readline().strip()
+    wait_for(lambda: (tmp_path / "history").exists() and not (tmp_path / "fault-1").exists())
+    assert len(processes.members(mark)) == 2
+    supervisor.kill()
+    supervisor.wait()
+    wait_for(lambda: processes.members(mark) == [])
+
+
+def wait_for(condition: Callable[[], bool], seconds: float = 30) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it did not happen"
+        time.sleep(0.05)
+
+
+def test_summary_has_the_cost_of_every_cause(tmp_path: Path) -> None:
+    (tmp_path / "summary.json").write_text(json.dumps({"useful_seconds": 0.2, "step": 12}))
+    job = Job(tmp_path)
+    job.fault(1, 7, "SIGKILL")
+    assert job.run() == 0
+    launches = json.loads((tmp_path / "summary.json").read_text())["launches"]
+    assert (launches["restarts"], launches["launches"], launches["lost_steps"]) == (1, 1, 2)
+    died = launches["by_cause"]["died"]
+    assert (died["count"], died["lost_steps"]) == (1, 2)
+    assert 0 < died["mean_detect_seconds"] < died["mean_restart_seconds"] < launches["wall_seconds"]
+    assert launches["goodput"] == pytest.approx(0.2 / launches["wall_seconds"])
+
+
+def test_ranks_of_a_machine_follow_each_other() -> None:
+    placement = Placement((Host("a", 2), Host("b", 3)), 1, "a", 1)
+    assert list(placement.ranks) == [2, 3, 4]
+    assert placement.world_size == 5
+    started = launches("plain", placement, ["m"], HERE)
+    assert [launch.environment["LOCAL_RANK"] for launch in started] == ["0", "1", "2"]
+    assert engines.ENGINES[0] == "deepspeed"
+
+
+def test_the_marks_of_other_jobs_are_left_alone() -> None:
+    child = subprocess.Popen(["sleep", "60"], env={processes.VARIABLE: "one"})
+    try:
+        wait_for(lambda: processes.members("one") == [child.pid])
+        assert processes.kill("on") == []
+        assert psutil.pid_exists(child.pid)
+        assert processes.kill("one") == []
+        assert child.wait(5) == -signal.SIGKILL
+    finally:
+        child.kill()
