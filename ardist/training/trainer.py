@@ -209,8 +209,6 @@ class Trainer:
         heartbeat.advance()  # who hangs before this line keeps those who are behind it waiting
         rate = learning_rate(self.config.optimizer, self.step, self.total_steps)
         self.outcome = self.engine.step(rate)
-        if self.adversary is not None:
-            self.adversary.step(rate, self.outcome.skipped)
         if self.ema is not None:
             self.ema.update(self.outcome.skipped)
         self.step += 1
