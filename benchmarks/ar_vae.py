@@ -33,7 +33,7 @@ def training_pass(model: ARVAE, frames: torch.Tensor, compiled: bool) -> Callabl
 
     def run() -> None:
         model.zero_grad(set_to_none=True)
-        reconstruction, _ = forward(frames)
+        reconstruction, _, _ = forward(frames)
         reconstruction_loss("l1", reconstruction, frames).backward()
 
     return run

@@ -120,7 +120,12 @@ class ARVAELossConfig(Section):
     lpips_path: str | None = Field(None, description="LPIPS v0.1 VGG heads as safetensors (keys lin0.model.1.weight …)")
     lpips_digest: str | None = Field(None, pattern=r"^[0-9a-f]{64}$", description="sha256 of that file")
     adversarial_weight: float = Field(0.0, ge=0, description="times the adaptive weight; 0: no discriminator")
-    adversarial_start: int = Field(50_000, ge=0, description="first step with a discriminator")
+    adversarial_start: int = Field(50_000, ge=0, description="first step (0-based) with a discriminator")
+    discriminator_channels: int = Field(64, ge=1, description="channels of the discriminator's first layer")
+    discriminator_layers: int = Field(3, ge=1, le=6, description="halvings of the resolution; 3: PatchGAN's own")
+    discriminator_lr: float | None = Field(
+        None, gt=0, description="peak learning rate of the discriminator's AdamW; null: optimizer.lr"
+    )
 
     @model_validator(mode="after")
     def _perceptual_has_its_weights(self) -> ARVAELossConfig:

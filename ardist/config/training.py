@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from ardist.config.ar_vae import ARVAEConfig
+from ardist.config.ar_vae import ARVAEConfig, ARVAELossConfig
 from ardist.config.base import Section
 from ardist.config.data import DataConfig
 from ardist.config.denoiser import DenoiserConfig
@@ -167,6 +167,9 @@ class TrackingConfig(Section):
 class AugmentationConfig(Section):
     """Random changes of the frames an AR-VAE is trained on, one draw per clip."""
 
+    frames: int | None = Field(
+        None, ge=1, description="random frames of each clip that are trained on, in their order; null: all of them"
+    )
     flip: bool = Field(True, description="mirror half of the clips left-right")
     shift: int = Field(0, ge=0, description="largest shift in pixels, borders mirrored")
     colour: float = Field(0.0, ge=0, le=0.5, description="largest relative change of each channel's contrast and level")
@@ -184,6 +187,10 @@ class TrainConfig(Section):
     init_weights: str = Field("auto", description="auto: the largest EMA decay there is; raw; or an EMA decay")
     denoiser: DenoiserConfig | None = None
     ar_vae: ARVAEConfig | None = None
+    ar_vae_loss: ARVAELossConfig = ARVAELossConfig()
+    trainable: Literal["all", "temporal"] = Field(
+        "all", description="temporal: only the temporal blocks of the AR-VAE's decoder (its stage 2)"
+    )
     augmentation: AugmentationConfig = AugmentationConfig()
     diffusion: DiffusionConfig = DiffusionConfig()
     data: DataConfig
@@ -193,6 +200,7 @@ class TrainConfig(Section):
     validation: ValidationConfig = ValidationConfig()
     tracking: TrackingConfig = TrackingConfig()
     debug: DebugConfig = DebugConfig()
+    launch: LaunchConfig = LaunchConfig()
     deepspeed: dict[str, Any] = Field(default_factory=dict, description="passed through to DeepSpeed, over our own")
 
     @field_validator("init_weights", mode="before")
@@ -207,7 +215,6 @@ class TrainConfig(Section):
             known = value in ("auto", "raw") or 0 <= float(value) < 1
         except ValueError:
             known = False
-    launch: LaunchConfig = LaunchConfig()
         if not known:
             raise ValueError("legal: auto, raw, or an EMA decay of at least 0 and below 1")
         return value
@@ -216,6 +223,18 @@ class TrainConfig(Section):
     def _task_has_its_model(self) -> TrainConfig:
         if getattr(self, self.task) is None:
             raise ValueError(f"task {self.task!r} needs a section {self.task!r}")
+        return self
+
+    @model_validator(mode="after")
+    def _temporal_blocks_are_there(self) -> TrainConfig:
+        if self.trainable == "temporal":
+            if self.task != "ar_vae" or self.ar_vae is None or not self.ar_vae.temporal:
+                raise ValueError("trainable: temporal needs task ar_vae with ar_vae.temporal: true; legal else: all")
+            if self.init_from is None:
+                raise ValueError(
+                    "trainable: temporal needs init_from, the run, checkpoint or bundle of stage 1: all other weights "
+                    "stay what they are there"
+                )
         return self
 
     @model_validator(mode="after")

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Float, Int64, Shaped
 from torch import Tensor
 
 from ardist.config.training import AugmentationConfig
@@ -32,6 +32,21 @@ def draw(config: AugmentationConfig, seed: int, epoch: int, sample_ids: Int64[Te
         spread = 2.0 * counter_rng.uniform(seed, epoch, sample_ids, Purpose.COLOUR, (2, 3)) - 1.0
         drawn["colour"] = config.colour * spread
     return drawn
+
+
+def choose_frames(
+    config: AugmentationConfig,
+    values: Shaped[Tensor, "b f ..."],
+    seed: int,
+    epoch: int,
+    sample_ids: Int64[Tensor, " b"],
+) -> Shaped[Tensor, "b f2 ..."]:
+    """``augmentation.frames`` different frames of each clip, drawn at random and kept in their order."""
+    if config.frames is None or config.frames >= values.shape[1]:
+        return values
+    order = counter_rng.uniform(seed, epoch, sample_ids, Purpose.FRAME_CHOICE, (values.shape[1],)).argsort(dim=1)
+    chosen = order[:, : config.frames].sort(dim=1).values
+    return values[torch.arange(len(values), device=values.device)[:, None], chosen]
 
 
 def augment(frames: Float[Tensor, "b f 3 h w"], drawn: Mapping[str, Tensor]) -> Float[Tensor, "b f 3 h w"]:

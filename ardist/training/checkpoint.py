@@ -13,7 +13,7 @@ import logging
 import shutil
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -34,6 +34,8 @@ from ardist.training.fragments import MOMENTS, Fragments
 from ardist.training.parts import EXTRA_FILE, ema_kind, part_name, write_part
 
 _log = logging.getLogger("ardist.training")
+
+Tensors = dict[str, torch.Tensor]
 
 
 @dataclass
@@ -56,13 +58,22 @@ class CheckpointWriter:
     """Writes checkpoints of one engine; `save` blocks only while the snapshot is taken."""
 
     def __init__(
-        self, root: Path, fragments: Fragments, ema: ShardedEMA | None, *, keep: int = 3, asynchronous: bool = True
+        self,
+        root: Path,
+        fragments: Fragments,
+        ema: ShardedEMA | None,
+        *,
+        keep: int = 3,
+        asynchronous: bool = True,
+        beside: Mapping[str, Callable[[], Tensors]] | None = None,
     ) -> None:
+        """`beside`: more files, by name, whose tensors are the same on every rank; rank 0 writes them."""
         self.root = root
         self.fragments = fragments
         self.ema = ema
         self.keep = keep
         self.asynchronous = asynchronous
+        self.beside = beside or {}
         self.world: World = fragments.world
         self.last_saved: int | None = None
         self.blocked_seconds = 0.0
@@ -96,7 +107,7 @@ class CheckpointWriter:
         snapshot.kinds = self._copy_state()
         snapshot.adam_steps = self.fragments.steps()
         snapshot.ema_updates = self.ema.updates if self.ema else 0
-        extra = self._module_extras()
+        extra = self._whole_tensors()
         self.blocked_seconds = time.monotonic() - began
         self._result = None
         if self.asynchronous and not wait:
@@ -143,7 +154,14 @@ class CheckpointWriter:
             self._copied.record()
         return tuple(sources)
 
-    def _module_extras(self) -> dict[str, torch.Tensor]:
+    def _whole_tensors(self) -> dict[str, Tensors]:
+        """Rank 0: the files that are not cut into fragments, by name; those without tensors are left out."""
+        files = {EXTRA_FILE: self._module_extras()}
+        if self.world.is_main:
+            files |= {name: tensors() for name, tensors in self.beside.items()}
+        return {name: tensors for name, tensors in files.items() if tensors}
+
+    def _module_extras(self) -> Tensors:
         """Rank 0: buffers and frozen parameters of the model, which no optimiser fragment holds."""
         module = self.fragments.engine.module
         if self._frozen is None:
@@ -152,7 +170,7 @@ class CheckpointWriter:
         buffers = {name: b.detach().cpu().clone() for name, b in module.named_buffers() if name in kept}
         return {**self._frozen, **buffers} if self.world.is_main else {}
 
-    def _write(self, directory: Path, snapshot: Snapshot, extra: Mapping[str, torch.Tensor]) -> None:
+    def _write(self, directory: Path, snapshot: Snapshot, extra: Mapping[str, Tensors]) -> None:
         """Write this rank's part and take part in the commit; never raises, the outcome is in `_result`."""
         parts: list[Part] = []
         problem: str | None = None
@@ -178,19 +196,22 @@ class CheckpointWriter:
         else:
             events.count("checkpoint.failed", step=snapshot.step, reason=self._result)
 
-    def _write_parts(self, directory: Path, snapshot: Snapshot, extra: Mapping[str, torch.Tensor]) -> list[Part]:
+    def _write_parts(self, directory: Path, snapshot: Snapshot, extra: Mapping[str, Tensors]) -> list[Part]:
         for kind in snapshot.kinds:
             if not bool(torch.isfinite(self._buffers[kind]).all()):
                 raise ValueError(f"the {kind} state holds values that are not finite; it is not saved")
+        for file, whole in extra.items():
+            if not all(bool(torch.isfinite(tensor).all()) for tensor in whole.values()):
+                raise ValueError(f"{file} would hold values that are not finite; it is not saved")
         directory.mkdir(parents=True, exist_ok=True)
         tensors = {kind: self._buffers[kind] for kind in snapshot.kinds}
         name = part_name(self.world.rank, self.world.size)
         fault.point("checkpoint.before_part")
         size, digest = write_part(directory / name, tensors, {"fragments": json.dumps(self._index)})
         parts = [Part(file=name, bytes=size, sha256=digest)]
-        if extra:
-            size, digest = write_part(directory / EXTRA_FILE, extra, {})
-            parts.append(Part(file=EXTRA_FILE, bytes=size, sha256=digest))
+        for name, whole in extra.items():
+            size, digest = write_part(directory / name, whole, {})
+            parts.append(Part(file=name, bytes=size, sha256=digest))
         fault.point("checkpoint.after_part")
         return parts
 

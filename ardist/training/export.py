@@ -26,7 +26,7 @@ from ardist.models.weights import (
     write_state,
 )
 from ardist.training.commit import Commit, newest_valid
-from ardist.training.parts import EXTRA_FILE, PartsReader, ema_kind
+from ardist.training.parts import EXTRA_FILE, PartsReader, ema_kind, holds_fragments
 
 AR_VAE_RAW_FILE = "ar_vae_raw.safetensors"
 
@@ -89,7 +89,7 @@ def export_bundle(
 
 def read_weights(path: Path, commit: Commit, kind: str) -> State:
     """A whole state dict (fp32) from a checkpoint: one kind of state, plus buffers and frozen parameters."""
-    reader = PartsReader(path, [part.file for part in commit.parts if part.file != EXTRA_FILE], commit.shapes)
+    reader = PartsReader(path, [part.file for part in commit.parts if holds_fragments(part.file)], commit.shapes)
     state = {name: reader.full(kind, name) for name in commit.shapes}
     if any(part.file == EXTRA_FILE for part in commit.parts):
         state |= load_file(path / EXTRA_FILE)

@@ -1,4 +1,4 @@
-"""What is learned: the loss of a micro-batch and the held-out measures, for the denoiser and for the AR-VAE.
+"""What is learned: the loss of a micro-batch and the held-out measures of the denoiser; the AR-VAE has its own module.
 
 All randomness about a sample is a function of (seed, epoch, sample id), so the loss of a global batch does not depend
 on the number of ranks or on the micro-batch size beyond the order of float additions: every objective is a mean over
@@ -7,8 +7,7 @@ samples, and micro-batches are equal in size.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -28,17 +27,12 @@ from ardist.diffusion.losses import (
     per_frame_mse,
 )
 from ardist.diffusion.noise import NoiseSchedule
-from ardist.models.ar_vae import ARVAE
 from ardist.models.denoiser import Denoiser
 from ardist.models.flops import denoiser_flops
 from ardist.models.parallelize import parallelize
-from ardist.training import augmentation
-
-Forward = Callable[..., Any]
-"""A model's forward pass, be it the module itself or an engine around it."""
-
-Inputs = dict[str, Tensor]
-"""What a micro-batch is made of: tensors with one row per sample."""
+from ardist.training.adversary import Adversary
+from ardist.training.objective import Forward, Inputs, Objective
+from ardist.training.objectives_ar_vae import AutoencoderObjective
 
 VALIDATION_SEED = 0
 """Held-out noise and staircases are the same for every run, so that runs can be compared."""
@@ -49,37 +43,13 @@ CONDITION = ("context", "class_ids", "context_dropped")
 """Keyword arguments of the denoiser."""
 
 
-class Objective(Protocol):
-    """What the loop needs to know about a task."""
-
-    flops_per_clip: float
-    """0 where nobody has counted them."""
-    tokens_per_clip: int
-
-    def build_model(self) -> nn.Module:
-        """The model in fp32 on the host, with activation checkpointing and compilation as configured."""
-
-    def prepare(self, batch: Batch) -> Inputs:
-        """All that is random about a rank's batch, drawn at once on the device, before it is cut."""
-
-    def loss(self, forward: Forward, inputs: Inputs) -> tuple[Tensor, dict[str, Tensor]]:
-        """Loss of a micro-batch, and detached numbers or vectors to average and log."""
-
-    def evaluate(self, forward: Forward, clip: Batch) -> dict[str, list[float]]:
-        """Held-out measures of one clip as flat lists; equal on every rank that computes them."""
-
-    def summarise(self, clips: list[dict[str, list[float]]]) -> dict[str, Any]:
-        """One validation record from the measures of all clips, in the data set's order."""
-
-    def describe(self, sample_ids: Tensor, epoch: int, num_frames: int) -> dict[str, Any]:
-        """What these samples were given in training, for the report of a bad step."""
-
-
-def build_objective(config: TrainConfig, manifest: Manifest, device: torch.device) -> Objective:
-    """The objective of ``config.task``."""
+def build_objective(
+    config: TrainConfig, manifest: Manifest, device: torch.device, adversary: Adversary | None = None
+) -> Objective:
+    """The objective of ``config.task``; `adversary` is the discriminator of an AR-VAE that is trained with one."""
     if config.task == "denoiser":
         return DenoiserObjective(config, manifest, device)
-    return AutoencoderObjective(config, manifest, device)
+    return AutoencoderObjective(config, manifest, device, adversary)
 
 
 class DenoiserObjective:
@@ -230,60 +200,3 @@ class DenoiserObjective:
 def _frame_losses(forward: Forward, inputs: Inputs) -> Tensor:
     condition = {name: inputs[name] for name in CONDITION if name in inputs}
     return per_frame_mse(forward(inputs["noisy"], inputs["timesteps"], **condition), inputs["target"])
-
-
-class AutoencoderObjective:
-    """Stage 1 of the AR-VAE: L1 between frames and their reconstruction (METHOD section 5)."""
-
-    def __init__(self, config: TrainConfig, manifest: Manifest, device: torch.device) -> None:
-        assert config.ar_vae is not None
-        self.config = config
-        self.model_config = config.ar_vae
-        self.tokens_per_clip = manifest.shape[0] * self.model_config.tokens_per_frame
-        self.flops_per_clip = 0.0
-
-    def build_model(self) -> nn.Module:
-        """A fresh AR-VAE."""
-        model = ARVAE(self.model_config)
-        model.set_activation_checkpointing(self.config.training.activation_checkpointing != "none")
-        return model
-
-    def prepare(self, batch: Batch) -> Inputs:
-        """The pixels as they are stored, one byte each until their micro-batch's turn comes, and their changes."""
-        drawn = augmentation.draw(self.config.augmentation, self.config.seed, batch.epoch, batch.sample_ids)
-        return {"pixels": batch.values, **drawn}
-
-    def loss(self, forward: Forward, inputs: Inputs) -> tuple[Tensor, dict[str, Tensor]]:
-        """Mean absolute error over pixels in [0, 1]."""
-        frames = augmentation.augment(_frames(inputs["pixels"]), inputs)
-        reconstruction, _ = forward(frames)
-        error = (reconstruction - frames).abs().mean()
-        return error, {"l1": error.detach()}
-
-    def evaluate(self, forward: Forward, clip: Batch) -> dict[str, list[float]]:
-        """Mean absolute and mean squared error of every frame."""
-        frames = _frames(clip.values)
-        reconstruction, _ = forward(frames)
-        error = (reconstruction.clamp(0.0, 1.0) - frames).flatten(2)
-        return {"l1": error.abs().mean(dim=2).flatten().tolist(), "mse": error.square().mean(dim=2).flatten().tolist()}
-
-    def summarise(self, clips: list[dict[str, list[float]]]) -> dict[str, Any]:
-        """Mean L1, and the mean over frames of their PSNR in dB."""
-        l1, mse = (torch.tensor([clip[name] for clip in clips], dtype=torch.float64) for name in ("l1", "mse"))
-        psnr = -10.0 * torch.log10(mse.clamp(min=1e-10))
-        return {
-            "loss": float(l1.mean()),
-            "l1": float(l1.mean()),
-            "psnr": float(psnr.mean()),
-            "loss_per_frame": l1.mean(dim=0).tolist(),
-            "clips": len(clips),
-        }
-
-    def describe(self, sample_ids: Tensor, epoch: int, num_frames: int) -> dict[str, Any]:
-        """Nothing random is added to the samples."""
-        return {}
-
-
-def _frames(pixels: Tensor) -> Tensor:
-    """uint8 [m, F, H, W, 3] to float [m, F, 3, H, W] in [0, 1]."""
-    return pixels.permute(0, 1, 4, 2, 3).float() / 255.0

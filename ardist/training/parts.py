@@ -32,6 +32,11 @@ def part_name(rank: int, world_size: int) -> str:
     return f"part-{rank:05d}-of-{world_size:05d}.safetensors"
 
 
+def holds_fragments(file: str) -> bool:
+    """True for a rank's part; the other files of a checkpoint hold whole tensors."""
+    return file.startswith("part-")
+
+
 def write_part(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> tuple[int, str]:
     """Write CPU tensors as a safetensors file, durably; returns (bytes, sha256).
 

@@ -15,7 +15,7 @@ from ardist.training.commit import Commit
 from ardist.training.distributed import World
 from ardist.training.ema import ShardedEMA
 from ardist.training.fragments import MOMENTS, Fragments
-from ardist.training.parts import EXTRA_FILE, PartsReader, decay_text, ema_kind
+from ardist.training.parts import EXTRA_FILE, PartsReader, decay_text, ema_kind, holds_fragments
 
 
 def find(root: Path, world: World) -> tuple[Path, Commit] | None:
@@ -63,7 +63,7 @@ def restore(path: Path, commit: Commit, fragments: Fragments, ema: ShardedEMA | 
 
     Each rank reads only the bytes of its own fragments. Collective.
     """
-    files = [part.file for part in commit.parts if part.file != EXTRA_FILE]
+    files = [part.file for part in commit.parts if holds_fragments(part.file)]
     reader = PartsReader(path, files, commit.shapes)
     _read_weights(reader, "master", fragments)
     if MOMENTS[0] in commit.kinds:
@@ -97,7 +97,7 @@ def restore(path: Path, commit: Commit, fragments: Fragments, ema: ShardedEMA | 
 @torch.no_grad()
 def load_weights(path: Path, commit: Commit, fragments: Fragments, kind: str = "master") -> None:
     """Weights only (``--init-from``): masters from the checkpoint's `kind`, no optimiser state. Collective."""
-    files = [part.file for part in commit.parts if part.file != EXTRA_FILE]
+    files = [part.file for part in commit.parts if holds_fragments(part.file)]
     _read_weights(PartsReader(path, files, commit.shapes), kind, fragments)
     _restore_extras(path, commit, fragments)
     fragments.refresh_working_weights()

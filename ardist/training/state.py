@@ -114,6 +114,8 @@ def roll_back(trainer: Trainer) -> bool:
 
 def _restore(trainer: Trainer, path: Path, commit: commits.Commit) -> None:
     resume.restore(path, commit, trainer.engine.fragments, trainer.ema)
+    if trainer.adversary is not None:
+        trainer.adversary.restore(path, [part.file for part in commit.parts])
     trainer.loader.load_state_dict(commit.state["data"])
     trainer.step = commit.step
     trainer.engine.set_counters(commit.state["counters"], commit.step)

@@ -15,6 +15,7 @@ from ardist.config import TrainConfig
 from ardist.data.loader import open_loader
 from ardist.errors import ConfigError, Preempted
 from ardist.training import distributed
+from ardist.training.adversary import ADVERSARY_FILE, build_adversary
 from ardist.training.batches import DeviceCopy, cut
 from ardist.training.callbacks import Callback
 from ardist.training.callbacks.checkpoints import Checkpoints
@@ -30,8 +31,8 @@ from ardist.training.dataset import TrainingSet
 from ardist.training.distributed import World
 from ardist.training.ema import ShardedEMA
 from ardist.training.engine import Engine, StepOutcome
-from ardist.training.objectives import build_objective
 from ardist.training.heartbeat import Phase, heartbeat
+from ardist.training.objectives import build_objective
 from ardist.training.optimizer import learning_rate
 from ardist.training.preflight import check_run
 from ardist.training.records import Records
@@ -109,7 +110,8 @@ class Trainer:
         self.history = History()
         self.stop = StopRequest(world)
 
-        objectives = [build_objective(config, manifest, world.device) for manifest in data.manifests]
+        self.adversary = build_adversary(config, world)
+        objectives = [build_objective(config, manifest, world.device, self.adversary) for manifest in data.manifests]
         self.objective = objectives[0]
         self.engine = Engine(self.objective.build_model(), config, world)
         decays = config.training.ema_decays
@@ -128,6 +130,7 @@ class Trainer:
             self.ema,
             keep=config.checkpoint.keep,
             asynchronous=config.checkpoint.asynchronous,
+            beside={} if self.adversary is None else {ADVERSARY_FILE: self.adversary.state},
         )
         self.throughput = Throughput(
             global_batch_size=config.training.global_batch_size,
@@ -160,17 +163,17 @@ class Trainer:
             callback.on_start(self)
         self.stopping = self.stop_after_reached()
         first_step = self.step
+        heartbeat.resumed(first_step)
 
         while self.step < self.total_steps and not self.stopping:
             self.advance()
 
+        heartbeat.enter(Phase.END)
         self.stop.drain()
-        heartbeat.resumed(first_step)
         for callback in self.callbacks:
             callback.on_end(self)
         self.stop.saved = True
         if self.step > first_step:  # a run that was complete already keeps the summary of its last session
-        heartbeat.enter(Phase.END)
             self.records.write_summary()
         if self.step < self.total_steps:
             reason = "as training.stop_after asks" if self.stop_after_reached() else f"on {self.stop.name}"
@@ -197,6 +200,8 @@ class Trainer:
             [],
         )
 
+        if self.adversary is not None:
+            self.adversary.begin(self.step)
         for micro_batch in cut(self.objective.prepare(self.to_device(batch)), self.engine.micro_batch_size):
             loss, metrics = self.objective.loss(self.engine, micro_batch)
             if (factor := fault.point("trainer.loss")) is not None:
@@ -209,10 +214,13 @@ class Trainer:
         heartbeat.advance()  # who hangs before this line keeps those who are behind it waiting
         rate = learning_rate(self.config.optimizer, self.step, self.total_steps)
         self.outcome = self.engine.step(rate)
+        if self.adversary is not None:
+            self.adversary.step(rate, self.outcome.skipped)
         if self.ema is not None:
             self.ema.update(self.outcome.skipped)
         self.step += 1
         self.window.steps += 1
+        heartbeat.stepped(self.step)
         fault.point("trainer.after_step")
 
     def stop_after_reached(self) -> bool:
@@ -220,7 +228,6 @@ class Trainer:
         after = self.config.training.stop_after
         return after is not None and after <= self.step < self.total_steps
 
-        heartbeat.stepped(self.step)
     @contextmanager
     def outside_of_training(self) -> Iterator[None]:
         """Time spent here is no training time: it does not count in rates and goodput."""

@@ -31,7 +31,7 @@ def test_presets_are_consistent_and_reach_pixels(name: str) -> None:
     config = preset(name)
     with torch.device("meta"):
         model = ARVAE(config)
-        frames, posterior = model(torch.zeros(1, 2, 3, config.image_size, config.image_size))
+        frames, posterior, _ = model(torch.zeros(1, 2, 3, config.image_size, config.image_size))
     assert frames.shape == (1, 2, 3, config.image_size, config.image_size)
     assert posterior.mean.shape == (1, 2, config.tokens_per_frame, config.latent_channels)
 
@@ -114,7 +114,7 @@ def test_every_parameter_gets_a_gradient(checkpointing: bool) -> None:
     for parameter in model.temporal_parameters():
         torch.nn.init.normal_(parameter, std=0.2)
     frames = torch.rand(2, 3, 3, 64, 64)
-    reconstruction, posterior = model(frames, torch.randn(2, 3, 6, 4))
+    reconstruction, posterior, _ = model(frames, torch.randn(2, 3, 6, 4))
     ((reconstruction - frames).abs().mean() + posterior.kl()).backward()
     silent = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
     # A key's bias moves all scores of a query alike, so softmax does not see it.
@@ -147,7 +147,7 @@ def test_a_new_model_already_tells_images_apart() -> None:
     torch.manual_seed(0)
     model = ARVAE(preset("tiny")).eval()
     frames = torch.nn.functional.interpolate(torch.rand(16, 3, 4, 4), size=64, mode="bilinear")[:, None]
-    reconstruction, posterior = model(frames)
+    reconstruction, posterior, _ = model(frames)
     latents = posterior.mode()
     assert latents.var(dim=0).mean() / latents.square().mean() > 0.1
     assert reconstruction.var(dim=0).mean().sqrt() > 5e-3

@@ -18,7 +18,7 @@ for checkpointing in (False, True):
     torch.compiler.reset()
     model.zero_grad()
     model.set_activation_checkpointing(checkpointing)
-    reconstruction, _ = torch.compile(model, backend="eager", fullgraph=True)(frames)
+    reconstruction, _, _ = torch.compile(model, backend="eager", fullgraph=True)(frames)
     torch.testing.assert_close(reconstruction, model(frames)[0])
     reconstruction.mean().backward()
     assert model.encoder.patch_embed.weight.grad is not None

@@ -13,6 +13,7 @@ from tiny import tiny_config, write_latents, write_pixels
 from ardist.data.batch import Batch
 from ardist.data.loader import read_samples
 from ardist.data.manifest import load_manifest
+from ardist.models.ar_vae import Posterior
 from ardist.training.batches import cut, single_clips
 from ardist.training.objectives import AutoencoderObjective, DenoiserObjective
 
@@ -128,9 +129,10 @@ def test_autoencoder_loss_is_the_mean_absolute_error_in_zero_to_one(tmp_path: Pa
     objective = AutoencoderObjective(config, load_manifest(str(data)), CPU)
     batch: Batch = read_samples(data)
 
-    def grey(frames: torch.Tensor) -> tuple[torch.Tensor, None]:
+    def grey(frames: torch.Tensor, noise: None = None) -> tuple[torch.Tensor, Posterior, None]:
         assert frames.shape[2:] == (3, 16, 16)
-        return torch.full_like(frames, 0.5), None
+        latents = torch.ones(*frames.shape[:2], 3, 4)
+        return torch.full_like(frames, 0.5), Posterior(latents, torch.zeros_like(latents)), None
 
     loss, _ = run(objective, grey, batch)
     expected = (batch.values.double() / 255 - 0.5).abs().mean()
@@ -138,6 +140,8 @@ def test_autoencoder_loss_is_the_mean_absolute_error_in_zero_to_one(tmp_path: Pa
     record = objective.summarise([objective.evaluate(grey, clip) for clip in single_clips(batch)])
     assert record["l1"] == pytest.approx(float(expected), abs=1e-6)
     mse = (batch.values.double() / 255 - 0.5).square().flatten(1).mean(dim=1)
+    assert record["latent_still_channels"] == [0, 1, 2, 3]
+    assert record["latent_norm_error"] == pytest.approx(0.0, abs=1e-6)
     assert record["psnr"] == pytest.approx(float((-10 * mse.log10()).mean()), abs=1e-4)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -52,13 +51,8 @@ def generator_hinge_loss(fake: Float[Tensor, "*n"]) -> Float[Tensor, ""]:
     return -fake.mean()
 
 
-def adaptive_weight(
-    reconstruction: Float[Tensor, ""], adversarial: Float[Tensor, ""], last_layer: Tensor
-) -> Float[Tensor, ""]:
-    """Weight that makes both losses pull equally at the last layer; a constant (Esser et al. 2021, section 3.1)."""
-    pulls = [
-        torch.autograd.grad(loss, last_layer, retain_graph=True)[0].float().norm()
-        for loss in (reconstruction, adversarial)
-    ]
-    weight: Tensor = pulls[0] / (pulls[1] + 1e-4)
+def adaptive_weight(reconstruction: Float[Tensor, "*n"], adversarial: Float[Tensor, "*n"]) -> Float[Tensor, ""]:
+    """Weight that makes both losses pull equally at the last layer, from their gradients there (Esser et al. 2021,
+    section 3.1)."""
+    weight: Tensor = reconstruction.float().norm() / (adversarial.float().norm() + 1e-4)
     return weight.clamp(0.0, MAX_ADAPTIVE_WEIGHT).detach()

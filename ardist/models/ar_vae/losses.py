@@ -1,4 +1,4 @@
-"""The autoencoder's loss: reconstruction, perceptual distance, KL and, later in stage 1, a discriminator's verdict.
+"""The autoencoder's own loss: reconstruction, perceptual distance, KL. The discriminator has a module of its own.
 
 Scale: every term is a mean over values, so weights mean the same at any resolution, clip length and batch size.
 """
@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from ardist.config.ar_vae import ARVAELossConfig
 from ardist.errors import choose
-from ardist.models.ar_vae.discriminator import adaptive_weight, generator_hinge_loss
 from ardist.models.ar_vae.perceptual import LPIPS
 from ardist.models.ar_vae.posterior import Posterior
 
@@ -43,10 +42,10 @@ class AutoencoderLoss(nn.Module):
             # The configuration refuses lpips without all four.
             self.lpips = LPIPS.load(*(part or "" for part in given))
 
-    def forward(
-        self, reconstruction: Float[Tensor, "b f 3 h w"], frames: Float[Tensor, "b f 3 h w"], posterior: Posterior
+    def distance(
+        self, reconstruction: Float[Tensor, "b f 3 h w"], frames: Float[Tensor, "b f 3 h w"]
     ) -> tuple[Float[Tensor, ""], dict[str, Tensor]]:
-        """The weighted sum, and its unweighted terms without gradient."""
+        """Reconstruction + perceptual loss, and both without weight and gradient."""
         config = self.config
         total = reconstruction_loss(config.reconstruction, reconstruction, frames)
         terms: dict[str, Tensor] = {config.reconstruction: total.detach()}
@@ -55,19 +54,19 @@ class AutoencoderLoss(nn.Module):
             perceptual = self.lpips(*images).mean()
             total = total + config.perceptual_weight * perceptual
             terms["lpips"] = perceptual.detach()
-        with torch.set_grad_enabled(torch.is_grad_enabled() and config.kl_weight > 0):
-            kl = posterior.kl()  # with weight 0 only a number to watch
-        terms["kl"] = kl.detach()
-        return (total + config.kl_weight * kl if config.kl_weight else total), terms
+        return total, terms
 
-    def adversarial(
-        self, step: int, loss: Float[Tensor, ""], fake_logits: Float[Tensor, "*n"], last_layer: Tensor
+    def divergence(self, posterior: Posterior) -> tuple[Float[Tensor, ""], dict[str, Tensor]]:
+        """KL times its weight (0: only a number to watch), and KL without gradient."""
+        weight = self.config.kl_weight
+        with torch.set_grad_enabled(torch.is_grad_enabled() and weight > 0):
+            kl = posterior.kl()
+        return weight * kl if weight else torch.zeros_like(kl), {"kl": kl.detach()}
+
+    def forward(
+        self, reconstruction: Float[Tensor, "b f 3 h w"], frames: Float[Tensor, "b f 3 h w"], posterior: Posterior
     ) -> tuple[Float[Tensor, ""], dict[str, Tensor]]:
-        """What to add to `loss` for the discriminator's logits of the reconstructions: 0 before the start step."""
-        config = self.config
-        if not config.adversarial_weight or step < config.adversarial_start:
-            return torch.zeros((), device=loss.device), {}
-        verdict = generator_hinge_loss(fake_logits)
-        weight = adaptive_weight(loss, verdict, last_layer)
-        terms = {"generator": verdict.detach(), "adaptive_weight": weight}
-        return config.adversarial_weight * weight * verdict, terms
+        """The weighted sum, and its unweighted terms without gradient."""
+        distance, terms = self.distance(reconstruction, frames)
+        divergence, more = self.divergence(posterior)
+        return distance + divergence, terms | more

@@ -74,15 +74,17 @@ class ARVAE(nn.Module):
 
     def forward(
         self, frames: Float[Tensor, "b f 3 h w"], noise: Float[Tensor, "b f l c"] | None = None
-    ) -> tuple[Float[Tensor, "b f 3 h w"], Posterior]:
-        """Reconstruction (not clamped) and posterior, for training; with `noise` the latents are sampled.
+    ) -> tuple[Float[Tensor, "b f 3 h w"], Posterior, Float[Tensor, "bf z h w"]]:
+        """Reconstruction (not clamped), posterior and input of the last convolution; for training.
 
-        Checks shapes but not the range of the frames: no device synchronisation.
+        With `noise` the latents are sampled. Checks shapes but not the range of the frames: no device
+        synchronisation. What `last_layer_gradient` needs comes last.
         """
         self._check_frames(frames)
         posterior = self.posterior(frames)
         latents = posterior.mode() if noise is None else posterior.sample(noise)
-        return self._pixels(latents, frames.shape[-2:], self.new_cache()), posterior
+        reconstruction, features = self._pixels(latents, frames.shape[-2:], self.new_cache())
+        return reconstruction, posterior, features
 
     def new_cache(self) -> DecoderCache:
         """An empty cache, for decoding a video piece by piece."""
@@ -106,7 +108,9 @@ class ARVAE(nn.Module):
             raise InvalidValueError(f"chunk={chunk} must be 1 or more frames")
         size = self._size(size)
         cache = self.new_cache() if cache is None else cache
-        pieces = [self._pixels(unit_norm(piece), size, cache).clamp(0.0, 1.0) for piece in latents.split(chunk, dim=1)]
+        pieces = [
+            self._pixels(unit_norm(piece), size, cache)[0].clamp(0.0, 1.0) for piece in latents.split(chunk, dim=1)
+        ]
         return torch.cat(pieces, dim=1)
 
     def decode_stream(
@@ -137,11 +141,6 @@ class ARVAE(nn.Module):
         assert not incompatible.unexpected_keys
         return model
 
-    @property
-    def last_layer(self) -> Tensor:
-        """The weights of the last convolution, where the adaptive adversarial weight is measured."""
-        return self.pixel_decoder.conv_out.weight
-
     def temporal_parameters(self) -> Iterator[nn.Parameter]:
         """The parameters that stage 2 trains."""
         return self.decoder.temporal.parameters()
@@ -153,11 +152,12 @@ class ARVAE(nn.Module):
 
     def _pixels(
         self, latents: Float[Tensor, "b f l c"], size: tuple[int, ...], cache: DecoderCache
-    ) -> Float[Tensor, "b f 3 h w"]:
+    ) -> tuple[Float[Tensor, "b f 3 h w"], Float[Tensor, "bf z h w"]]:
         grid = (size[0] // self.config.patch_size, size[1] // self.config.patch_size)
         codes = self.decoder(latents.to(self.decoder.embed.weight.dtype), grid, cache)
-        pixels: Tensor = self.pixel_decoder(codes).float() * 0.5 + 0.5
-        return rearrange(pixels, "(b f) c h w -> b f c h w", b=len(latents))
+        pixels, features = self.pixel_decoder(codes)
+        frames = rearrange(pixels.float() * 0.5 + 0.5, "(b f) c h w -> b f c h w", b=len(latents))
+        return frames, features
 
     def _check_frames(self, frames: Tensor) -> None:
         if frames.dim() != 5 or frames.shape[2] != 3 or 0 in frames.shape:

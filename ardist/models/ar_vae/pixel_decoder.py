@@ -77,6 +77,20 @@ class PixelDecoder(nn.Module):
         with torch.no_grad():  # the first pictures are about mid-grey
             self.conv_out.weight.mul_(0.3)
 
-    def forward(self, codes: Float[Tensor, "n z gh gw"]) -> Float[Tensor, "n 3 h w"]:
-        x = self.stages(self.middle(self.conv_in(codes)))
-        return self.conv_out(F.silu(self.norm_out(x)))  # type: ignore[no-any-return]
+    def forward(self, codes: Float[Tensor, "n z gh gw"]) -> tuple[Float[Tensor, "n 3 h w"], Float[Tensor, "n c h w"]]:
+        """Pixels, and what the last convolution made them from."""
+        features = F.silu(self.norm_out(self.stages(self.middle(self.conv_in(codes)))))
+        return self.conv_out(features), features
+
+
+def last_layer_gradient(
+    features: Float[Tensor, "n c h w"], gradient: Float[Tensor, "b f 3 h w"]
+) -> Float[Tensor, "3 c 3 3"]:
+    """Gradient at the weights of the last convolution of a loss whose gradient at the decoded frames is `gradient`.
+
+    From the convolution's input alone: no second pass through the model, whose weights ZeRO-3 may have put away.
+    """
+    pixels = 0.5 * gradient.flatten(0, 1).float()  # frames are 0.5 * output + 0.5
+    size = (3, features.shape[1], 3, 3)
+    weight_gradient: Tensor = torch.nn.grad.conv2d_weight(features.detach().float(), size, pixels, padding=1)
+    return weight_gradient
