@@ -2,7 +2,7 @@
 
 ffmpeg's threads read ahead, so when it stops with an error, which frames had come by then is chance. This verdict is
 not: the same file always gives the same intervals, by ffmpeg's own two signs (a packet that a decoder refuses, a
-frame that it marks as damaged). Frames after the damage lean on it until the next key frame.
+frame that it marks as damaged). Frames after the damage lean on it until the next key frame that is a whole picture.
 """
 
 from __future__ import annotations
@@ -48,6 +48,7 @@ def find_damage(path: str, version: str | None, stream_index: int, max_pixels: i
 def _marks(container: Any, stream: Any) -> tuple[list[int], list[int], int]:
     """Times of damaged frames, of key frames, and how far off they may be, in units of the stream's clock."""
     import av
+    from av.video.frame import PictureType
 
     marks: list[int] = []
     keys: list[int] = []
@@ -70,6 +71,9 @@ def _marks(container: Any, stream: Any) -> tuple[list[int], list[int], int]:
             exact, shown = exact and (shown is None or shown <= time), time
             if frame.is_corrupt:
                 marks.append(time)
+            elif frame.key_frame and frame.pict_type in (PictureType.I, PictureType.NONE):
+                # A refresh that is spread over many frames begins at a "key" frame that is only predicted.
+                keys.append(time)
             del waiting[: bisect.bisect_right(waiting, time)]
 
     try:
@@ -81,8 +85,6 @@ def _marks(container: Any, stream: Any) -> tuple[list[int], list[int], int]:
             last = last if time is None else time
             times.append(last)
             bisect.insort(waiting, last)
-            if packet.is_keyframe and not packet.is_corrupt:
-                keys.append(last)
             if packet.is_corrupt:
                 mark(last)
             try:

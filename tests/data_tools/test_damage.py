@@ -68,6 +68,27 @@ def test_behind_the_damage_a_seekable_video_goes_on(tmp_path: Path) -> None:
     assert min(kept) < min(refused) < max(kept)
 
 
+def test_a_gradual_refresh_is_no_key_frame(tmp_path: Path) -> None:
+    """Pictures that are renewed column by column: what looks like a key frame still leans on what was before."""
+    gradual = (*CODEC[:-4], "-g", "8", "-x264-params", "intra-refresh=1")
+    video = make_video(tmp_path / "v" / "a.mp4", frames=96, size="96x96", rate="8", codec=gradual)
+    build_small(tmp_path / "v", tmp_path / "whole")
+    whole, good = _clips(tmp_path / "whole"), video.read_bytes()
+    judged = 0
+    for share in (3, 4, 5):
+        data = bytearray(good)
+        at = len(data) * share // 10
+        data[at : at + 40] = random.Random(share).randbytes(40)
+        video.write_bytes(data)
+        build_small(tmp_path / "v", tmp_path / str(share))
+        kept = _clips(tmp_path / str(share))
+        refused = {int(str(record["start"])) for record in quarantine(tmp_path / str(share))}
+        judged += bool(refused)
+        for start in kept if refused else ():
+            np.testing.assert_array_equal(kept[start], whole[start], str(start))
+    assert judged
+
+
 @pytest.mark.parametrize("container", ["mkv", "ts", "flv"])
 def test_a_cut_tail_costs_only_the_tail(tmp_path: Path, container: str) -> None:
     codec = CODEC[:-2] if container == "flv" else CODEC
