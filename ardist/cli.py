@@ -124,6 +124,10 @@ def sample(
         int | None, typer.Option(help="How many frames at the end of a prefix video are taken.", min=1)
     ] = None,
     class_id: Annotated[int | None, typer.Option(help="Class of a class-conditional model.", min=0)] = None,
+    context: Annotated[
+        Path | None,
+        typer.Option(help="Context tokens, .npy or .safetensors: one set for all videos or one for each.", exists=True),
+    ] = None,
     guidance_scale: Annotated[float | None, typer.Option(help="Classifier-free guidance; 1 is off.", min=0)] = None,
     seed: Annotated[int, typer.Option(help="Same seed, same video.", min=0)] = 0,
     num_videos: Annotated[int, typer.Option(help="How many videos.", min=1)] = 1,
@@ -133,6 +137,10 @@ def sample(
     ] = False,
     raw: Annotated[bool, typer.Option("--raw", help="Use the raw weights, not the averaged ones.")] = False,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 … Without it: a GPU if there is one.")] = None,
+    dtype: Annotated[
+        str | None,
+        typer.Option(help="float32, bfloat16 or float16. Without it: bfloat16 on a GPU, float32 on a CPU."),
+    ] = None,
     compile: Annotated[bool, typer.Option("--compile", help="Compile the denoiser; pays off for many videos.")] = False,
 ) -> None:
     """Generate video with the AD sampler and its exact key-value cache.
@@ -152,6 +160,7 @@ def sample(
         prefix=prefix,
         prefix_frames=prefix_frames,
         class_id=class_id,
+        context=context,
         guidance_scale=guidance_scale,
         seed=seed,
         num_videos=num_videos,
@@ -159,6 +168,7 @@ def sample(
         stream=stream,
         weights="raw" if raw else "ema",
         device=device,
+        dtype=dtype,
         compile=compile,
     )
     for path in paths:
@@ -195,19 +205,53 @@ def schedule(
     training: Annotated[
         bool, typer.Option("--training", help="Draw the laws of the training timesteps instead.")
     ] = False,
+    law: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="With --training: a law to draw, or a mixture such as fopp=0.9,synchronous=0.1. May be repeated. "
+            "Without it: every single law."
+        ),
+    ] = None,
     out: Annotated[Path, typer.Option(help="The PNG to draw.")] = Path("schedule.png"),
 ) -> None:
     """Show what an AD schedule costs and draw it, or draw the timestep laws of training."""
     from ardist.diffusion.ad import ADSchedule
+    from ardist.diffusion.fopp import LAWS, parse_law
+    from ardist.errors import InvalidValueError
     from ardist.report import schedules
 
+    if law and not training:
+        raise InvalidValueError(f"--law {law[0]} has no meaning without --training; legal: with it")
     if training:
-        schedules.draw_timestep_laws(out, num_frames=frames, num_timesteps=timesteps)
+        laws = [parse_law(text) for text in law] if law else LAWS
+        schedules.draw_timestep_laws(out, num_frames=frames, num_timesteps=timesteps, laws=laws)
     else:
         plan = ADSchedule(frames, steps, difference, window, window_kind, timesteps, prefix_frames)
         Console().print(schedules.schedule_table(plan))
         schedules.draw_ad_schedule(plan, out)
     _say(f"drew {out}")
+
+
+@app.command(name="import-released")
+def import_released(
+    checkpoint: Annotated[Path, typer.Argument(help="Published weights: .safetensors or a torch file.", exists=True)],
+    out: Annotated[
+        Path, typer.Option(help="The bundle to write; an older bundle there is replaced, all else is kept.")
+    ],
+    changes: Annotated[
+        list[str] | None, typer.Argument(help="Settings of the denoiser over the preset's: num_classes=101 …")
+    ] = None,
+    preset: Annotated[str, typer.Option(help="The architecture of the weights.")] = "released-xl",
+    ar_vae: Annotated[Path | None, typer.Option("--ar-vae", help="A bundle with the AR-VAE of the latents.")] = None,
+) -> None:
+    """Turn weights of the published layout into an inference bundle and verify it.
+
+    The file is read as tensors only; nothing in it can run. See ardist/models/released.py for the table of names.
+    """
+    from ardist.inference import import_released as importer
+
+    path = importer.import_released(checkpoint, out, preset_name=preset, changes=changes or [], ar_vae=ar_vae)
+    _say(f"wrote and verified {path}")
 
 
 @app.command()

@@ -77,6 +77,29 @@ def sample_timesteps(
     return torch.where(unordered.unsqueeze(1), timesteps, timesteps.sort(dim=1).values)
 
 
+def parse_law(text: str) -> str | dict[str, float]:
+    """A law or a mixture as written on a command line: ``fopp``, or ``fopp=0.9,synchronous=0.1``.
+
+    Raises InvalidValueError for an unknown law and for weights that are none.
+    """
+    if "=" not in text:
+        return choose("law", text, LAWS)
+    weights: dict[str, float] = {}
+    for part in text.split(","):
+        name, _, number = (word.strip() for word in part.partition("="))
+        try:
+            weight = float(number)
+        except ValueError:
+            weight = -1.0
+        if name in weights or not 0 <= weight < float("inf"):
+            raise InvalidValueError(
+                f"law={text!r} is illegal at {part!r}; legal: name=weight,name=weight, each name once"
+            )
+        weights[name] = weight
+    _weights(weights)
+    return weights
+
+
 def check_timesteps(
     law: str | Mapping[str, float | int] | None, timesteps: Int[Tensor, "b f"], num_timesteps: int
 ) -> None:

@@ -12,8 +12,9 @@ from numpy import ndarray
 from rich.progress import BarColumn, Progress, TextColumn
 from torch import Tensor
 
-from ardist.errors import ConfigError, HardwareError, InvalidValueError
+from ardist.errors import ConfigError, HardwareError, InvalidValueError, choose
 from ardist.inference.bundle import Bundle, load_bundle
+from ardist.inference.context_file import read_context
 from ardist.inference.sampler import ADSampler
 from ardist.inference.sampler import Progress as RowProgress
 from ardist.inference.video_io import Mp4Writer, read_frames
@@ -21,6 +22,7 @@ from ardist.log import console
 
 MAX_BATCH = 8
 """Videos that are sampled at once."""
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def sample_to_file(
@@ -35,6 +37,7 @@ def sample_to_file(
     prefix: Path | None = None,
     prefix_frames: int | None = None,
     class_id: int | None = None,
+    context: Path | None = None,
     guidance_scale: float | int | None = None,
     seed: int = 0,
     num_videos: int = 1,
@@ -42,6 +45,7 @@ def sample_to_file(
     stream: bool = False,
     weights: str = "ema",
     device: str | None = None,
+    dtype: str | None = None,
     compile: bool = False,
 ) -> list[Path]:
     """Sample videos and write them as mp4; returns their paths. What is None is the bundle's default.
@@ -52,13 +56,15 @@ def sample_to_file(
             whatever `num_videos` is.
         num_frames: length of the video, prefix included.
         class_id: class of a class-conditional bundle; None is no class.
+        context: a file of context tokens for all videos or for each, as of `read_context`; None is the null context.
         prefix: a video whose last frames, or an image which, the video starts with.
         prefix_frames: how many frames of a prefix video are taken; None: as many as there are, but at most half of the
             video and half of the window.
         window, window_kind: as of `ADSampler`.
         stream: decode and write each frame as soon as it is final, so that memory does not grow with the video.
         weights: ``ema`` or ``raw``.
-        device: None is a GPU if there is one; on a GPU the denoiser runs in bf16.
+        device: None is a GPU if there is one.
+        dtype: of the denoiser, one of `DTYPES`; None is bfloat16 on a GPU and float32 on a CPU.
 
     Raises:
         ArdistError: one message with what was wrong and what is legal, before anything is sampled where possible.
@@ -68,7 +74,9 @@ def sample_to_file(
     if out.suffix.lower() != ".mp4":
         raise InvalidValueError(f"out={str(out)!r} is illegal; legal: a name that ends in .mp4")
     place = _device(device)
-    opened = load_bundle(bundle, weights, place, torch.bfloat16 if place.type == "cuda" else torch.float32)
+    if dtype is None:
+        dtype = "bfloat16" if place.type == "cuda" else "float32"
+    opened = load_bundle(bundle, weights, place, DTYPES[choose("dtype", dtype, DTYPES)])
     opened.ar_vae.eval()  # read now: a bundle without one is refused before anything is sampled
     if out.is_dir():
         raise InvalidValueError(f"out={str(out)!r} is a directory; legal: the name of a file")
@@ -76,6 +84,7 @@ def sample_to_file(
     defaults = opened.sampler_defaults
     if class_id is not None and opened.denoiser.config.num_classes is None:
         raise InvalidValueError(f"class_id={class_id} is illegal: the bundle has no classes; legal: none")
+    told = None if context is None else read_context(context, opened.denoiser.config, num_videos)
     sampler = opened.sampler(window=window, window_kind=window_kind, compile=compile)
     frames = defaults.num_frames if num_frames is None else num_frames
     rate = defaults.fps if fps is None else fps
@@ -98,6 +107,7 @@ def sample_to_file(
                 batch_size=count,
                 seed=seed,
                 video_ids=torch.tensor(list(chosen)),
+                context=None if told is None else told[chosen.start : chosen.stop],
                 class_ids=None if class_id is None else torch.full((count,), class_id),
             )
             if not stream:

@@ -150,7 +150,8 @@ class ADSampler:
             raise InvalidValueError(f"seed={seed} is illegal; legal: 0 to 2^63 - 1")
         if video_ids is not None and (video_ids.ndim != 1 or video_ids.dtype != torch.int64):
             raise InvalidValueError(
-                f"video_ids of shape {tuple(video_ids.shape)} and {video_ids.dtype} are illegal; legal: one int64 per video"
+                f"video_ids of shape {tuple(video_ids.shape)} and {video_ids.dtype} are illegal; "
+                "legal: one int64 per video"
             )
         conditions = Conditions.create(
             self.denoiser.config,

@@ -109,6 +109,8 @@ def _pairs_to_halves(value: Tensor, head_dim: int, rope: bool) -> Tensor:
 
 
 def _reorder_qkv(value: Tensor, config: DenoiserConfig, rope: bool) -> Tensor:
+    if len(value) != 3 * config.width:
+        raise CheckpointError(f"an attn.qkv has {len(value)} rows; legal for width {config.width}: {3 * config.width}")
     q, k, v = value.chunk(3)
     return torch.cat([_pairs_to_halves(q, config.head_dim, rope), _pairs_to_halves(k, config.head_dim, rope), v])
 

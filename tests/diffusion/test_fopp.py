@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from ardist.diffusion.counter_rng import Purpose
-from ardist.diffusion.fopp import LAWS, check_timesteps, sample_timesteps
+from ardist.diffusion.fopp import LAWS, check_timesteps, parse_law, sample_timesteps
 from ardist.errors import InvalidValueError
 
 
@@ -191,6 +191,14 @@ def test_timesteps_that_a_law_never_gives_are_refused(law, rows: list[list[int]]
 @pytest.mark.parametrize("law", [None, "independent", {"fopp": 1, "independent": 1}])
 def test_any_order_is_fine_where_the_law_has_none(law) -> None:
     check_timesteps(law, torch.tensor([[5, 4, 9]]), 10)
+
+
+def test_laws_as_written_on_a_command_line() -> None:
+    assert parse_law("fopp") == "fopp"
+    assert parse_law("fopp=0.9, synchronous=.1") == {"fopp": 0.9, "synchronous": 0.1}
+    for text in ("fop", "fop=1", "fopp=x", "fopp=-1", "fopp=inf", "fopp=1,fopp=2", "fopp=0", "fopp=1,", ""):
+        with pytest.raises(InvalidValueError, match="legal|at least one positive"):
+            parse_law(text)
 
 
 def test_batch_size_must_match_the_sample_ids() -> None:

@@ -57,6 +57,8 @@ def test_every_option_reaches_the_sampler(bundle: Path, tmp_path: Path) -> None:
         (["--fps", 0], 2, "fps"),
         (["--class-id", 9], 2, "9"),
         (["--prefix", "absent.png"], 2, "absent.png"),
+        (["--context", "absent.npy"], 2, "absent.npy"),
+        (["--dtype", "float8"], 2, "float32, bfloat16, float16"),
     ],
 )
 def test_refusals(
@@ -75,7 +77,13 @@ def test_schedule_draws_and_refuses(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert Image.open(out).size[0] > 600
     assert ardist("schedule", "--training", "--frames", 8, "--timesteps", 64, "--out", tmp_path / "laws.png") == 0
     assert (tmp_path / "laws.png").exists()
-    capsys.readouterr()
+    laws = ["--law", "fopp", "--law", "fopp=0.9,synchronous=0.1", "--out", tmp_path / "mixed.png"]
+    assert ardist("schedule", "--training", "--frames", 8, "--timesteps", 64, *laws) == 0
+    # Two panels beside each other: narrower than the four of all laws.
+    assert Image.open(tmp_path / "mixed.png").size[0] < 0.7 * Image.open(tmp_path / "laws.png").size[0]
+    assert ardist("schedule", "--law", "fopp", "--out", tmp_path / "x.png") == 2
+    assert ardist("schedule", "--training", "--law", "fopp=a", "--out", tmp_path / "x.png") == 2
+    assert "legal: name=weight" in capsys.readouterr().err
     line = ["schedule", "--frames", 40, "--difference", 2, "--window", 16, "--window-kind", "recompute"]
     assert ardist(*line, "--out", tmp_path / "x.png") == 2
     assert "4" in capsys.readouterr().err  # the smallest legal difference
