@@ -131,6 +131,13 @@ class CheckpointConfig(Section):
     every: int = Field(1000, ge=1)
     keep: int = Field(3, ge=1)
     asynchronous: bool = True
+    url: str | None = Field(
+        None, pattern=r"^s3://[^/?@]+", description="s3://bucket/prefix of the checkpoints; null: in the run directory"
+    )
+    staging: str | None = Field(
+        None,
+        description="folder of each machine for parts on their way to and from s3; null: in the run directory",
+    )
 
 
 class ValidationConfig(Section):

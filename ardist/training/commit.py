@@ -14,7 +14,7 @@ from pydantic import ValidationError
 
 from ardist.config import Section, canonical_digest
 from ardist.errors import CheckpointError
-from ardist.training.parts import hash_file
+from ardist.training.parts import ema_kind, hash_file
 
 COMMIT = "COMMIT.json"
 FORMAT = "ardist-checkpoint"
@@ -32,7 +32,10 @@ class Part(Section):
 
 
 class Commit(Section):
-    """All that a checkpoint says about itself; `state` is what every rank restores alike."""
+    """All that a checkpoint says about itself; `state` is what every rank restores alike.
+
+    `folder`: where in an object store the parts are; None: beside the commit.
+    """
 
     format: str = FORMAT
     version: int = VERSION
@@ -52,6 +55,12 @@ class Commit(Section):
     manifest_digest: str | None
     state: dict[str, Any]
     versions: dict[str, str]
+    folder: str | None = None
+
+    def kind_of_ema(self, decay: float) -> str:
+        """The kind of state that holds the EMA of `decay`; long decays once had shorter names."""
+        names = (ema_kind(decay), f"ema_{decay:g}")
+        return next((name for name in names if name in self.kinds), names[0])
 
 
 def directory_name(step: int) -> str:
@@ -94,12 +103,16 @@ def sync_directory(path: Path) -> None:
         os.close(descriptor)
 
 
-def write_commit(directory: Path, commit: Commit) -> None:
-    """Write the commit durably; the file carries a digest of itself."""
+def commit_text(commit: Commit) -> str:
+    """The content of COMMIT.json; it carries a digest of itself."""
     body = commit.model_dump(mode="json")
-    text = json.dumps({"digest": canonical_digest(body), **body}, indent=1)
+    return json.dumps({"digest": canonical_digest(body), **body}, indent=1)
+
+
+def write_commit(directory: Path, commit: Commit) -> None:
+    """Write the commit durably."""
     with open(directory / COMMIT, "w", encoding="utf-8") as file:
-        file.write(text)
+        file.write(commit_text(commit))
         file.flush()
         os.fsync(file.fileno())
     sync_directory(directory)
@@ -109,25 +122,36 @@ def read_commit(directory: Path) -> Commit:
     """The commit of a checkpoint; `CheckpointError` says what is missing or damaged (parts are not read)."""
     path = directory / COMMIT
     try:
-        body = json.loads(path.read_text(encoding="utf-8"))
+        text = path.read_bytes()
     except FileNotFoundError:
         raise CheckpointError(f"{directory} holds no {COMMIT}: it was never committed") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from None
+    return parse_commit(text, str(path))
+
+
+def parse_commit(text: bytes, source: str) -> Commit:
+    """A commit from the content of its file; `CheckpointError` says what is damaged or of another version."""
+    try:
+        body = json.loads(text.decode("utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise CheckpointError(f"{source} cannot be read: {error}") from None
     if not isinstance(body, dict) or body.get("format") != FORMAT:
-        raise CheckpointError(f"{path} is not a commit of an {FORMAT}")
+        raise CheckpointError(f"{source} is not a commit of an {FORMAT}")
     if body.get("version") != VERSION:
-        raise CheckpointError(f"{path} has format version {body.get('version')}; this release reads version {VERSION}")
+        raise CheckpointError(
+            f"{source} has format version {body.get('version')}; this release reads version {VERSION}"
+        )
     digest = body.pop("digest", None)
     if digest != canonical_digest(body):
-        raise CheckpointError(f"{path} is damaged: its digest does not match its content")
+        raise CheckpointError(f"{source} is damaged: its digest does not match its content")
     try:
         commit = Commit.model_validate(body)
     except ValidationError as error:
-        raise CheckpointError(f"{path} is not understood: {error.errors()[0]['msg']}") from None
-    for part in commit.parts:
-        if "/" in part.file or part.file.startswith("."):
-            raise CheckpointError(f"{path} names a part outside its directory: {part.file!r}")
+        raise CheckpointError(f"{source} is not understood: {error.errors()[0]['msg']}") from None
+    for name in (*(part.file for part in commit.parts), commit.folder or ""):
+        if "/" in name or name.startswith("."):
+            raise CheckpointError(f"{source} names a part outside its directory: {name!r}")
     return commit
 
 

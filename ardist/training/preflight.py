@@ -11,11 +11,12 @@ from ardist.data.manifest import Manifest, load_manifest
 from ardist.data.order import check_layout
 from ardist.errors import ArdistError, CheckpointError, ConfigError, DataError
 from ardist.events import events
-from ardist.training import commit as commits
+from ardist.storage import is_remote
 from ardist.training.commit import Commit
 from ardist.training.dataset import TrainingSet, paths, shares
 from ardist.training.deepspeed_overrides import override_problems
 from ardist.training.distributed import environment, uses_gpu
+from ardist.training.object_store import open_store
 
 _log = logging.getLogger("ardist.training")
 
@@ -92,7 +93,8 @@ def _machine_problems(config: TrainConfig) -> Iterator[str]:
         yield "training.precision: fp16 needs a GPU; legal on a CPU: bf16, fp32"
     if training.compile and config.task == "ar_vae":
         yield "training.compile: only the denoiser is compiled; legal for task ar_vae: false"
-    if config.init_from is not None and not Path(config.init_from).expanduser().is_dir():
+    source = config.init_from
+    if source is not None and not is_remote(source) and not Path(source).expanduser().is_dir():
         yield f"init_from: {config.init_from!r} is not a directory"
 
 
@@ -163,10 +165,13 @@ def _autoencoder_problems(manifests: Mapping[str, Manifest | None], held_out: Ma
 
 
 def _checkpoint_problems(config: TrainConfig, data: TrainingSet | None, checkpoints: Path) -> Iterator[str]:
-    """A run directory whose newest readable commit is of another model or data order is refused before any start."""
-    for path in commits.candidates(checkpoints):
+    """A run whose newest readable commit is of another model or data order is refused before any start."""
+    store = open_store(config.checkpoint, checkpoints)
+    if environment()[0] == 0:
+        store.check()
+    for step in store.steps():
         try:
-            commit = commits.read_commit(path)
+            commit = store.commit_of(step)
         except CheckpointError:
             continue  # the resume will say so, count it and take the one before
         yield from identity_problems(commit, config)

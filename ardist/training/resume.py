@@ -2,59 +2,63 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 
-from ardist.errors import CheckpointError
+from ardist.errors import ArdistError, CheckpointError
 from ardist.events import events
-from ardist.training import commit as commits
 from ardist.training.commit import Commit
 from ardist.training.distributed import World
 from ardist.training.ema import ShardedEMA
 from ardist.training.fragments import MOMENTS, Fragments
-from ardist.training.parts import EXTRA_FILE, PartsReader, decay_text, ema_kind, holds_fragments
+from ardist.training.parts import EXTRA_FILE, PartsReader, decay_text, holds_fragments
+from ardist.training.store import CheckpointStore, FolderStore
 
 
-def find(root: Path, world: World) -> tuple[Path, Commit] | None:
-    """The newest checkpoint with a valid commit and undamaged parts, agreed by all ranks (collective); None if there
-    is none at all. The ranks share the hashing. A bad candidate is counted, said, moved aside, and the one before
-    is taken; when only bad ones exist, `CheckpointError`."""
-    names = world.broadcast([str(path) for path in commits.candidates(root)] if world.is_main else None)
+def find(store: CheckpointStore | Path, world: World, step: int | None = None) -> tuple[Path, Commit] | None:
+    """The newest checkpoint with a valid commit and undamaged parts, agreed by all ranks (collective): a folder with
+    its parts, to be given back by `store.release`, and its commit; None if there is none at all.
+
+    The ranks share the hashing. A bad candidate is counted, said, moved aside, and the one before is taken; when only
+    bad ones exist, `CheckpointError`. With `step` only that one is looked at.
+    """
+    store = FolderStore(store) if isinstance(store, Path) else store
+    steps = world.broadcast(store.steps() if world.is_main else None)
     rejected = []
-    for path in map(Path, names):
-        commit, problem = inspect(path, world)
-        if commit is not None:
-            return path, commit
-        rejected.append((path, problem))
+    for candidate in steps if step is None else [step]:
+        found, problem = inspect(store, candidate, world)
+        if found is not None:
+            return found
+        rejected.append((store.show(candidate), problem))
         if world.is_main:
-            events.count("checkpoint.fallback", path=path, reason=problem)
+            events.count("checkpoint.fallback", path=store.show(candidate), reason=problem)
     if rejected:
-        lines = "".join(f"\n  {path.name}: {problem}" for path, problem in rejected)
-        raise CheckpointError(f"none of the checkpoints in {root} is readable:{lines}")
+        lines = "".join(f"\n  {name}: {problem}" for name, problem in rejected)
+        raise CheckpointError(f"none of the checkpoints in {store.where} is readable:{lines}")
     return None
 
 
-def inspect(path: Path, world: World) -> tuple[Commit | None, str]:
-    """A checkpoint's commit if it and all parts are good, else None and what is wrong (collective)."""
+def inspect(store: CheckpointStore, step: int, world: World) -> tuple[tuple[Path, Commit] | None, str]:
+    """A checkpoint's folder and commit if it and all parts are good, else None and what is wrong (collective)."""
     commit, problem = None, None
     try:
-        commit = commits.read_commit(path)
-        mine = commit.parts[world.rank :: world.size]
-        problem = next(filter(None, (commits.check_part(path, part) for part in mine)), None)
-    except CheckpointError as error:
+        commit = store.commit_of(step)
+    except ArdistError as error:
         problem = str(error)
     problem = next(filter(None, world.all_gather(problem)), None)
-    return (commit, "") if problem is None else (None, str(problem))
+    if commit is None or problem is not None:
+        return None, str(problem)
+    path, problem = store.fetch(step, commit, world)
+    return (None, str(problem)) if path is None else ((path, commit), "")
 
 
-def set_aside_newer(root: Path, step: int) -> None:
-    """Rank 0: rename unreadable checkpoints newer than `step`, so that the run may write those steps again."""
-    for path in commits.candidates(root):
-        if commits.step_of(path) > step:
-            os.rename(path, path.with_name(f"{path.name}.damaged-{os.urandom(3).hex()}"))
+def set_aside_newer(store: CheckpointStore, step: int) -> None:
+    """Rank 0: put unreadable checkpoints newer than `step` aside, so that the run may write those steps again."""
+    for newer in store.steps():
+        if newer > step:
+            store.set_aside(newer)
 
 
 @torch.no_grad()
@@ -88,7 +92,7 @@ def restore(path: Path, commit: Commit, fragments: Fragments, ema: ShardedEMA | 
             for run, buffer in zip(fragments.owned, buffers, strict=True):
                 for fragment in run.fragments:
                     stretch = buffer.narrow(0, fragment.offset, fragment.length)
-                    reader.read_into(ema_kind(decay), fragment.name, fragment.start, stretch)
+                    reader.read_into(commit.kind_of_ema(decay), fragment.name, fragment.start, stretch)
         ema.set_updates(commit.ema_updates)
     _restore_extras(path, commit, fragments)
     fragments.refresh_working_weights()
@@ -151,9 +155,9 @@ def weights_kind(commit: Commit, wanted: str) -> str:
     if wanted == "raw" or (wanted == "auto" and not commit.ema_decays):
         return "master"
     if wanted == "auto":
-        return ema_kind(max(commit.ema_decays))
+        return commit.kind_of_ema(max(commit.ema_decays))
     decay = float(wanted)
     if decay not in commit.ema_decays:
         names = ", ".join(["auto", "raw", *map(decay_text, commit.ema_decays)])
         raise CheckpointError(f"init_weights={wanted!r}: that checkpoint has {names}")
-    return ema_kind(decay)
+    return commit.kind_of_ema(decay)

@@ -15,7 +15,9 @@ from ardist.events import events
 from ardist.training import commit as commits
 from ardist.training import resume
 from ardist.training.checkpoint import Snapshot
+from ardist.training.object_store import ObjectStore, staging_folder
 from ardist.training.preflight import identity_problems
+from ardist.training.store import CheckpointStore, FolderStore, parts_problem
 from ardist.training.window import Window
 
 if TYPE_CHECKING:
@@ -81,7 +83,7 @@ def snapshot(trainer: Trainer) -> Snapshot:
 
 def resume_or_begin(trainer: Trainer) -> None:
     """Continue from the newest good checkpoint of the run directory; without one begin, perhaps with given weights."""
-    found = resume.find(trainer.run.checkpoints, trainer.world)
+    found = resume.find(trainer.store, trainer.world)
     if found is not None:
         path, commit = found
         problems = list(identity_problems(commit, trainer.config))
@@ -93,7 +95,7 @@ def resume_or_begin(trainer: Trainer) -> None:
             _say_resumed(trainer, path, commit)
         return
     if trainer.config.init_from is not None:
-        _init_from(trainer, Path(trainer.config.init_from).expanduser())
+        _init_from(trainer, trainer.config.init_from)
     if trainer.ema is not None:
         trainer.ema.restart()
 
@@ -101,7 +103,7 @@ def resume_or_begin(trainer: Trainer) -> None:
 def roll_back(trainer: Trainer) -> bool:
     """Return to the newest good checkpoint, data position included; False when there is none (collective)."""
     trainer.writer.wait()
-    found = resume.find(trainer.run.checkpoints, trainer.world)
+    found = resume.find(trainer.store, trainer.world)
     if found is None:
         return False
     if trainer.world.is_main:
@@ -124,24 +126,37 @@ def _restore(trainer: Trainer, path: Path, commit: commits.Commit) -> None:
         trainer.engine.spikes.load_state(commit.state.get("spikes", []))
     trainer.writer.last_saved = commit.step
     if trainer.world.is_main:
-        resume.set_aside_newer(trainer.run.checkpoints, commit.step)
+        resume.set_aside_newer(trainer.store, commit.step)
+    trainer.store.release(path, trainer.world)
     trainer.world.barrier()
 
 
-def _init_from(trainer: Trainer, source: Path) -> None:
-    root = source / "checkpoints" if (source / "checkpoints").is_dir() else source
-    if (root / commits.COMMIT).exists():
-        one, problem = resume.inspect(root, trainer.world)
-        found = None if one is None else (root, one)
-    else:
-        found, problem = resume.find(root, trainer.world), "it holds no checkpoint"
+def _init_from(trainer: Trainer, source: str) -> None:
+    store, found = _weights_source(trainer, source)
     if found is None:
-        raise CheckpointError(f"init_from: {source}: {problem}")
+        raise CheckpointError(f"init_from: {source}: it holds no checkpoint")
     path, commit = found
     kind = resume.weights_kind(commit, trainer.config.init_weights)
     resume.load_weights(path, commit, trainer.engine.fragments, kind)
+    store.release(path, trainer.world)
     if trainer.world.is_main:
-        _log.info("started from the %s weights of %s", kind, path)
+        _log.info("started from the %s weights of %s", kind, store.show(commit.step))
+
+
+def _weights_source(trainer: Trainer, source: str) -> tuple[CheckpointStore, tuple[Path, commits.Commit] | None]:
+    """The checkpoint that ``init_from`` means: of a run, of a folder or s3:// prefix of checkpoints, or one itself."""
+    if is_remote(source):
+        remote = ObjectStore(source, staging_folder(trainer.config.checkpoint, trainer.run.checkpoints))
+        return remote, resume.find(remote, trainer.world)
+    root = Path(source).expanduser()
+    root = root / "checkpoints" if (root / "checkpoints").is_dir() else root
+    if not (root / commits.COMMIT).exists():
+        return FolderStore(root), resume.find(root, trainer.world)
+    commit = commits.read_commit(root)
+    problem = parts_problem(root, commit, trainer.world)
+    if problem is not None:
+        raise CheckpointError(f"init_from: {root}: {problem}")
+    return FolderStore(root.parent), (root, commit)
 
 
 def _say_resumed(trainer: Trainer, path: Path, commit: commits.Commit) -> None:

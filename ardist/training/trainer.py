@@ -32,6 +32,7 @@ from ardist.training.distributed import World
 from ardist.training.ema import ShardedEMA
 from ardist.training.engine import Engine, StepOutcome
 from ardist.training.heartbeat import Phase, heartbeat
+from ardist.training.object_store import open_store
 from ardist.training.objectives import build_objective
 from ardist.training.optimizer import learning_rate
 from ardist.training.preflight import check_run
@@ -124,8 +125,9 @@ class Trainer:
             world_size=world.size,
         )
         self.to_device = DeviceCopy(world.device)
+        self.store = open_store(config.checkpoint, run.checkpoints)
         self.writer = CheckpointWriter(
-            run.checkpoints,
+            self.store,
             self.engine.fragments,
             self.ema,
             keep=config.checkpoint.keep,
