@@ -18,6 +18,7 @@ from ardist.config.training import TrainConfig, batch_layout
 from ardist.errors import ConfigError
 from ardist.training.distributed import World
 from ardist.training.fragments import Fragments
+from ardist.training.frozen import FrozenWeights
 from ardist.training.guard import DeviceGuard, SpikeGuard
 from ardist.training.optimizer import build_optimizer
 from ardist.training.spikes import SpikeDetector
@@ -116,6 +117,7 @@ class Engine:
         self.settings = deepspeed_settings(config, world.size, cuda=world.device.type == "cuda")
         self.micro_batch_size, self.accumulation = batch_layout(config.training, world.size)
         module = module.to(world.device)
+        frozen = FrozenWeights(module, rounded=self.dtype != torch.float32, main=world.is_main)
         optimizer = build_optimizer(module, config.optimizer, offload=config.training.offload != "none")
         _skip_shared_memory_build(world)
         try:
@@ -127,7 +129,7 @@ class Engine:
             )
         except (ValueError, NotImplementedError, AssertionError) as error:
             raise ConfigError(f"DeepSpeed refuses this combination of settings: {error}") from error
-        self.fragments = Fragments(self.deepspeed, world)
+        self.fragments = Fragments(self.deepspeed, world, frozen)
         self.fragments.prepare_fresh()
         self.fragments.self_check()
         self.spikes = spike_detector(config, world)

@@ -18,6 +18,7 @@ import torch.distributed as dist
 
 from ardist.errors import HardwareError
 from ardist.training.distributed import World
+from ardist.training.frozen import FrozenWeights
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -53,8 +54,9 @@ class Fragments:
     tile each parameter exactly once. With ZeRO 1-3 the two are the same; with stage 0 each rank owns its 1/world.
     """
 
-    def __init__(self, engine: Any, world: World) -> None:
+    def __init__(self, engine: Any, world: World, frozen: FrozenWeights | None = None) -> None:
         self.engine = engine
+        self.frozen = frozen or FrozenWeights(engine.module, rounded=False, main=world.is_main)
         self.world = world
         self.optimizer = engine.basic_optimizer
         self.kind = _kind(engine)

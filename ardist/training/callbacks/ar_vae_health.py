@@ -1,0 +1,42 @@
+"""What can go quietly wrong in an AR-VAE: latents that do not suit a denoiser, a discriminator that skips alone."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from ardist.events import events
+from ardist.models.ar_vae.latents import latent_problems
+from ardist.training.callbacks.base import Callback
+
+if TYPE_CHECKING:
+    from ardist.training.trainer import Trainer
+
+
+class LatentCheck(Callback):
+    """After each validation: constant channels and tokens off the unit sphere are counted as ``ar_vae.latents``."""
+
+    def after_step(self, trainer: Trainer) -> None:
+        record = trainer.records.last.get("validation")
+        if trainer.world.is_main and record is not None and record["step"] == trainer.step:
+            for problem in latent_problems(record):
+                events.count("ar_vae.latents", step=trainer.step, problem=problem)
+
+
+class DiscriminatorSkips(Callback):
+    """Steps in which only the discriminator's gradient was not finite, read from the device at log points."""
+
+    def __init__(self) -> None:
+        self._known = 0
+
+    def on_start(self, trainer: Trainer) -> None:
+        if trainer.adversary is not None:
+            self._known = int(trainer.adversary.skipped_alone)
+
+    def after_step(self, trainer: Trainer) -> None:
+        due = trainer.step % trainer.config.training.log_every == 0 or trainer.step == trainer.total_steps
+        if trainer.adversary is None or not (due or trainer.stopping):
+            return
+        now = int(trainer.adversary.skipped_alone)
+        for _ in range(now - self._known):
+            events.count("training.skipped_discriminator_step", up_to_step=trainer.step)
+        self._known = now
