@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -84,7 +85,7 @@ def _torchrun(placement: Placement, program: Sequence[str]) -> list[str]:
     words += ["--nnodes", str(len(placement.hosts)), "--node-rank", str(placement.node)]
     words += ["--nproc-per-node", str(placement.local_size), "--max-restarts", "0"]
     words += ["--master-addr", placement.master_addr, "--master-port", str(placement.master_port)]
-    if len(placement.hosts) > 1:
+    if len(placement.hosts) > 1 and _is_address(placement.hosts[placement.node].name):
         # Machines may share a host name; addresses they do not share.
         words += ["--local-addr", placement.hosts[placement.node].name]
     return [*words, "--module", *program]
@@ -101,3 +102,11 @@ def _deepspeed(placement: Placement, program: Sequence[str], scratch: Path, debu
         words += ["--hostfile", str(hostfile), "--no_ssh", "--node_rank", str(placement.node)]
     words += ["--master_addr", placement.master_addr, "--master_port", str(placement.master_port)]
     return [*words, "--module", *program]
+
+
+def _is_address(name: str) -> bool:
+    try:
+        ipaddress.ip_address(name)
+    except ValueError:
+        return False
+    return True

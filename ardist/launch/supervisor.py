@@ -14,7 +14,7 @@ from types import FrameType
 from typing import Any
 
 from ardist.config.launch import LaunchConfig
-from ardist.errors import HardwareError, Preempted
+from ardist.errors import ArdistError, HardwareError, Preempted
 from ardist.launch.nodes import Node
 from ardist.launch.policy import RestartPolicy, is_hopeless
 from ardist.launch.watchdog import Failure, Watchdog
@@ -100,7 +100,12 @@ class Supervisor:
         return Preempted.exit_code if self._signals else None
 
     def _attempt(self, attempt: Attempt) -> int | Failure:
-        nodes = self._start(attempt.number, self._job)
+        try:
+            nodes = self._start(attempt.number, self._job)
+        except ArdistError as error:
+            if attempt.number == 1:
+                raise  # nothing ran yet: this is for the user to mend
+            return Failure("start", str(error), exit_code=error.exit_code)
         failed = None
         try:
             outcome = self._watch(attempt, nodes)

@@ -19,7 +19,7 @@ import pytest
 from ardist.config.launch import LaunchConfig
 from ardist.launch import engines, processes
 from ardist.launch.engines import Host, Placement, launches
-from ardist.launch.main import free_port
+from ardist.launch.local import free_port
 from ardist.launch.nodes import LocalNode
 from ardist.launch.supervisor import Supervisor
 from ardist.training import goodput

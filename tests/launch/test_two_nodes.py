@@ -1,0 +1,117 @@
+"""Two machines joined by a cable: words arrive intact, a machine that is cut off is named, replaced by what is left."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from tiny import settings
+from two_nodes import Pair, possible, two_nodes
+
+from ardist.training import goodput
+
+HERE = Path(__file__).parent
+REASON = possible()
+pytestmark = pytest.mark.skipif(REASON is not None, reason=str(REASON))
+ODD = ['tracking.name="it\'s $(not) a `shell`; & | > * ?"', "tracking.project='two  blanks'"]
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
+    with two_nodes(tmp_path_factory.mktemp("machines")) as machines:
+        yield machines
+
+
+def start(
+    pair: Pair, directory: Path, hosts: str, *overrides: str, steps: int = 12, **limits: Any
+) -> subprocess.Popen[str]:
+    """The supervisor on the first machine, with toy ranks on both."""
+    (directory / "run").mkdir()
+    config, hostfile = directory / "a config.yaml", directory / "host file"
+    quick = {"heartbeat_seconds": 8, "node_seconds": 4, "restart_pause_seconds": 0.05, "step_seconds": 20}
+    config.write_text(
+        yaml.safe_dump(settings(directory / "run", directory, training__steps=steps, launch={**quick, **limits}))
+    )
+    hostfile.write_text(hosts)
+    words = [*pair.inside(0), sys.executable, str(HERE / "job_program.py"), str(hostfile), str(config), *overrides]
+    environment = {**os.environ, "PATH": pair.path, "PYTHONPATH": str(HERE), "ARDIST_TOKEN": "a b'c"}
+    return subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
+
+
+def finish(process: subprocess.Popen[str], seconds: float = 90) -> str:
+    """The output, after an end in time; without orphans."""
+    output, _ = process.communicate(timeout=seconds)
+    return output
+
+
+def wait_for(condition: Callable[[], bool], seconds: float = 60) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it did not happen"
+        time.sleep(0.05)
+
+
+def orphans() -> list[str]:
+    """Toy ranks and agents that are still there."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            words = path.read_bytes().split(b"\0")
+        except OSError:
+            continue
+        if b"toy_words" in words or b"ardist.launch.agent" in words:
+            found.append(path.parent.name)
+    return found
+
+
+def test_words_and_environment_arrive_intact_on_both(pair: Pair, tmp_path: Path) -> None:
+    process = start(pair, tmp_path, "10.77.0.1 slots=1\n10.77.0.2 slots=1\n", *ODD)
+    output = finish(process)
+    assert process.returncode == 0, output
+    for rank in range(2):
+        told = json.loads((tmp_path / "run" / f"told-{rank}.json").read_text())
+        assert told["words"] == [str(tmp_path / "a config.yaml"), *ODD]
+        assert told["environment"]["WORLD_SIZE"] == "2"
+        assert told["environment"]["MASTER_ADDR"] == "10.77.0.1"
+        assert told["environment"]["GLOO_SOCKET_IFNAME"] == "veth0"
+        assert told["environment"]["ARDIST_TOKEN"] == "a b'c"
+    wait_for(lambda: orphans() == [])
+
+
+def test_a_machine_cut_off_is_named_and_the_rest_goes_on(pair: Pair, tmp_path: Path) -> None:
+    process = start(pair, tmp_path, "10.77.0.1 slots=1\n10.77.0.2 slots=1\n", steps=400)
+    wait_for(lambda: (tmp_path / "run" / "saved").exists())
+    pair.cut()
+    try:
+        began = time.monotonic()
+        output = finish(process)
+        took = time.monotonic() - began
+        wait_for(lambda: orphans() == [], 20)
+    finally:
+        pair.mend()
+    assert process.returncode == 0, output
+    [row] = goodput.restarts(goodput.read(tmp_path / "run"))
+    assert row["cause"] == "cut off"
+    assert "machine 10.77.0.2 gave no sign of life" in row["detail"]
+    assert 4 <= row["detect_seconds"] < 8
+    assert "this attempt runs on 1 of 2 machines: 10.77.0.1 slots=1" in output
+    history = [int(line) for line in (tmp_path / "run" / "history").read_text().split()]
+    assert history[-1] == 400
+    assert took < 80
+
+
+def test_a_machine_that_is_not_there_is_refused(pair: Pair, tmp_path: Path) -> None:
+    process = start(pair, tmp_path, "10.77.0.1 slots=1\n10.77.0.9 slots=1\n")
+    output = finish(process)
+    assert process.returncode == 4
+    assert "machine 10.77.0.9 cannot be reached" in output
+    assert "Traceback" not in output
+    assert orphans() == []
