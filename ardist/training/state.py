@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from ardist.errors import CheckpointError, ConfigError
 from ardist.events import events
+from ardist.storage import is_remote
 from ardist.training import commit as commits
 from ardist.training import resume
 from ardist.training.checkpoint import Snapshot
