@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import re
 from collections.abc import Hashable, Iterable, Mapping
@@ -12,6 +13,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from ardist.config.base import Section
+from ardist.config.migration import migrate
 from ardist.errors import ConfigError, did_you_mean
 
 SectionT = TypeVar("SectionT", bound=Section)
@@ -93,13 +95,48 @@ def load_config(schema: type[SectionT], path: str | os.PathLike[str], overrides:
 
 
 def check(schema: type[SectionT], settings: Mapping[str, Any], source: str) -> SectionT:
-    """Build `schema` from plain settings; raises one `ConfigError` that lists every problem."""
+    """Build `schema` from plain settings; raises one `ConfigError` that lists every problem.
+
+    Settings that are wrong by themselves hide how the others contradict each other; so these are looked at again
+    with the default in the place of what was wrong, and said unless they could come from that default.
+    """
+    if "version" in schema.model_fields:
+        settings = migrate(settings, source)
     try:
         return schema.model_validate(dict(settings))
     except ValidationError as error:
-        problems = [_problem(schema, details) for details in error.errors()]
+        problems = _problems(schema, error)
+        remaining, replaced = _without(settings, error)
+    if replaced:
+        try:
+            schema.model_validate(remaining)
+        except ValidationError as error:
+            for problem in _problems(schema, error):
+                if problem not in problems and not any(re.search(rf"\b{name}\b", problem) for name in replaced):
+                    problems.append(problem)
     noun = "problem" if len(problems) == 1 else "problems"
     raise ConfigError(f"{source}: {len(problems)} {noun}\n" + "\n".join(f"  {problem}" for problem in problems))
+
+
+def _problems(schema: type[BaseModel], error: ValidationError) -> list[str]:
+    return [line for details in error.errors() for line in _problem(schema, details).split("\n")]
+
+
+def _without(settings: Mapping[str, Any], error: ValidationError) -> tuple[dict[str, Any], set[str]]:
+    """The settings without those that are wrong, and the names by which another problem may mean what now has its
+    default."""
+    remaining, replaced = copy.deepcopy(dict(settings)), set()
+    for details in error.errors():
+        path = [str(part) for part in details["loc"]]
+        node: Any = remaining
+        for part in path[:-1]:
+            node = node.get(part) if isinstance(node, dict) else None
+        if path and isinstance(node, dict) and path[-1] in node:
+            del node[path[-1]]
+            # A misspelt setting leaves a default somewhere in its section, a wrong one in its own place.
+            misspelt = details["type"] == "extra_forbidden" and len(path) > 1
+            replaced.add(re.escape(path[0] if misspelt else path[-1]))
+    return remaining, replaced
 
 
 def _problem(schema: type[BaseModel], details: Any) -> str:
@@ -113,7 +150,8 @@ def _problem(schema: type[BaseModel], details: Any) -> str:
     given = details.get("input")
     shown = f", not {given!r}" if isinstance(given, str | int | float | bool | None) and path else ""
     message = str(details["msg"]).removeprefix("Value error, ")
-    return f"{where}: {message}{shown}"
+    # Contradictions between sections name their settings themselves.
+    return f"{where}: {message}{shown}" if path else message
 
 
 def _fields_at(schema: type[BaseModel], path: Iterable[Any]) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
@@ -12,6 +13,7 @@ from ardist.config.base import Section
 from ardist.config.data import DataConfig
 from ardist.config.denoiser import DenoiserConfig
 from ardist.config.launch import LaunchConfig
+from ardist.config.migration import VERSION
 
 Law = Literal["fopp", "synchronous", "independent", "uniform_monotone"]
 Fraction = Annotated[float, Field(ge=0, le=1)]
@@ -53,14 +55,13 @@ class OptimizerConfig(Section):
     decay_steps: int = Field(0, ge=0, description="last steps of wsd")
     final_lr_fraction: Fraction = 0.0
 
-    @model_validator(mode="after")
-    def _decay_belongs_to_wsd(self) -> OptimizerConfig:
+    def contradictions(self) -> Iterator[str]:
+        """What cannot be meant."""
         if (self.schedule == "wsd") != bool(self.decay_steps):
-            raise ValueError(
-                f"schedule {self.schedule!r} with decay_steps={self.decay_steps}; legal: decay_steps of 1 or more with "
-                "wsd, 0 with the others"
+            yield (
+                f"optimizer.schedule={self.schedule!r} with optimizer.decay_steps={self.decay_steps}; legal: "
+                "decay_steps of 1 or more with wsd, 0 with the others"
             )
-        return self
 
 
 class TrainingConfig(Section):
@@ -98,31 +99,27 @@ class TrainingConfig(Section):
         None, ge=1, description="save and stop with exit code 75 after this step, as if preempted"
     )
 
-    @model_validator(mode="after")
-    def _possible(self) -> TrainingConfig:
-        problems = []
+    def contradictions(self) -> Iterator[str]:
+        """What cannot be done together."""
         if self.zero_stage == 3 and self.guard == "device":
-            problems.append("guard: device works with zero_stage 0, 1 and 2; ZeRO-3 always checks by itself")
+            yield "training.guard: device works with zero_stage 0, 1 and 2; ZeRO-3 always checks by itself"
         if self.offload == "optimizer" and self.zero_stage == 0:
-            problems.append("offload: optimizer needs zero_stage 1, 2 or 3")
+            yield "training.offload: optimizer needs zero_stage 1, 2 or 3"
         if self.offload == "parameters" and self.zero_stage != 3:
-            problems.append("offload: parameters needs zero_stage 3")
+            yield "training.offload: parameters needs zero_stage 3"
         if self.offload != "none" and self.guard == "device":
-            problems.append("guard: device needs the optimiser on the device; legal with offload: deepspeed")
+            yield "training.guard: device needs the optimiser on the device; legal with offload: deepspeed"
         if self.offload != "none" and self.spike_policy == "skip":
-            problems.append("spike_policy: skip needs the optimiser on the device; legal with offload: count, off")
+            yield "training.spike_policy: skip needs the optimiser on the device; legal with offload: count, off"
         if self.precision == "fp16" and self.guard == "device":
-            problems.append("guard: device cannot drive the loss scale of fp16; legal with fp16: deepspeed")
+            yield "training.guard: device cannot drive the loss scale of fp16; legal with fp16: deepspeed"
         if self.grad_accumulation == "fp32" and self.precision != "fp32":
             if self.precision == "fp16" or self.zero_stage == 0 or self.offload != "none":
-                problems.append("grad_accumulation: fp32 needs bf16, zero_stage 1, 2 or 3, and no offload")
+                yield "training.grad_accumulation: fp32 needs bf16, zero_stage 1, 2 or 3, and no offload"
             elif self.zero_stage == 1 and self.guard == "device":
-                problems.append("grad_accumulation: fp32 with zero_stage 1 needs guard: deepspeed")
+                yield "training.grad_accumulation: fp32 with zero_stage 1 needs guard: deepspeed"
         if len(set(self.ema_decays)) != len(self.ema_decays):
-            problems.append(f"ema_decays: {list(self.ema_decays)} names a decay twice")
-        if problems:
-            raise ValueError("; ".join(problems))
-        return self
+            yield f"training.ema_decays: {list(self.ema_decays)} names a decay twice"
 
 
 class CheckpointConfig(Section):
@@ -150,6 +147,22 @@ class ValidationConfig(Section):
     weights: Literal["raw", "both"] = Field(
         "both", description="both: the EMA of the first decay too, as ema_loss etc."
     )
+
+
+class SamplesConfig(Section):
+    """Videos that the denoiser samples during training, with the average of the largest decay."""
+
+    every: int | None = Field(None, ge=1, description="steps from one sampling to the next; null: none")
+    ar_vae: str | None = Field(None, description="bundle with the AR-VAE that made the latents, to decode with")
+    num_videos: int = Field(4, ge=1, description="videos per difference")
+    differences: tuple[Annotated[int, Field(ge=0)], ...] = Field(
+        (0, 5), min_length=1, description="AD timestep differences s, in sampler steps"
+    )
+    num_inference_steps: int = Field(50, ge=1, description="sampler steps S; divides diffusion.num_timesteps")
+    num_frames: int | None = Field(None, ge=1, description="null: as many as the training clips have")
+    guidance_scale: float = Field(1.0, ge=0)
+    seed: int = Field(0, ge=0, lt=2**63)
+    fps: float = Field(8.0, gt=0)
 
 
 class DebugConfig(Section):
@@ -185,6 +198,7 @@ class AugmentationConfig(Section):
 class TrainConfig(Section):
     """One training run, complete."""
 
+    version: Literal[1] = Field(VERSION, description="of this schema; older ones are migrated")
     task: Literal["denoiser", "ar_vae"]
     run_dir: str
     seed: int = Field(0, ge=0, lt=2**63)
@@ -205,6 +219,7 @@ class TrainConfig(Section):
     training: TrainingConfig = TrainingConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     validation: ValidationConfig = ValidationConfig()
+    samples: SamplesConfig = SamplesConfig()
     tracking: TrackingConfig = TrackingConfig()
     debug: DebugConfig = DebugConfig()
     launch: LaunchConfig = LaunchConfig()
@@ -227,40 +242,56 @@ class TrainConfig(Section):
         return value
 
     @model_validator(mode="after")
-    def _task_has_its_model(self) -> TrainConfig:
-        if getattr(self, self.task) is None:
-            raise ValueError(f"task {self.task!r} needs a section {self.task!r}")
+    def _no_contradictions(self) -> TrainConfig:
+        """What sections cannot know by themselves, in one message; each problem names its settings in full."""
+        checks = (self._model, self.optimizer.contradictions, self.training.contradictions, self._batch, self._samples)
+        problems = [problem for check in checks for problem in check()]
+        if problems:
+            raise ValueError("\n".join(problems))
         return self
 
-    @model_validator(mode="after")
-    def _temporal_blocks_are_there(self) -> TrainConfig:
+    def _model(self) -> Iterator[str]:
+        if getattr(self, self.task) is None:
+            yield f"task {self.task!r} needs a section {self.task!r}"
         if self.trainable == "temporal":
             if self.task != "ar_vae" or self.ar_vae is None or not self.ar_vae.temporal:
-                raise ValueError("trainable: temporal needs task ar_vae with ar_vae.temporal: true; legal else: all")
+                yield "trainable: temporal needs task ar_vae with ar_vae.temporal: true; legal else: all"
             if self.init_from is None:
-                raise ValueError(
+                yield (
                     "trainable: temporal needs init_from, the run, checkpoint or bundle of stage 1: all other weights "
                     "stay what they are there"
                 )
-        return self
-
-    @model_validator(mode="after")
-    def _shift_fits_the_frame(self) -> TrainConfig:
         if self.ar_vae is not None and self.augmentation.shift >= self.ar_vae.image_size:
-            raise ValueError(
+            yield (
                 f"augmentation.shift={self.augmentation.shift} is not below ar_vae.image_size={self.ar_vae.image_size}"
             )
-        return self
 
-    @model_validator(mode="after")
-    def _lanes_divide_batch(self) -> TrainConfig:
+    def _batch(self) -> Iterator[str]:
         batch, lanes = self.training.global_batch_size, self.data.lanes
         if batch % lanes:
             legal = [d for d in range(1, batch + 1) if batch % d == 0]
-            raise ValueError(
-                f"data.lanes={lanes} does not divide training.global_batch_size={batch}; legal lanes: {legal}"
+            yield f"data.lanes={lanes} does not divide training.global_batch_size={batch}; legal lanes: {legal}"
+
+    def _samples(self) -> Iterator[str]:
+        samples, timesteps = self.samples, self.diffusion.num_timesteps
+        if samples.every is None:
+            return
+        if self.task != "denoiser":
+            yield "samples.every: only a denoiser is sampled; legal for task ar_vae: null"
+        if samples.ar_vae is None:
+            yield "samples.every needs samples.ar_vae, the bundle that decodes the samples"
+        if timesteps % samples.num_inference_steps:
+            yield (
+                f"samples.num_inference_steps={samples.num_inference_steps} does not divide "
+                f"diffusion.num_timesteps={timesteps}"
             )
-        return self
+        if max(samples.differences) > samples.num_inference_steps:
+            yield (
+                f"samples.differences={list(samples.differences)}; legal: 0 to "
+                f"samples.num_inference_steps={samples.num_inference_steps}"
+            )
+        if len(set(samples.differences)) != len(samples.differences):
+            yield f"samples.differences={list(samples.differences)} names a difference twice"
 
 
 def batch_layout(training: TrainingConfig, world_size: int) -> tuple[int, int]:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ardist.config import TrainConfig, apply_override, batch_layout, dump_config, load_config
+from ardist.config import TrainConfig, apply_override, batch_layout, dump_config, load_config, migration
 from ardist.errors import ConfigError
 
 GOOD = """
@@ -23,6 +24,10 @@ def write(tmp_path: Path, text: str) -> Path:
     path = tmp_path / "run.yaml"
     path.write_text(text, encoding="utf-8")
     return path
+
+
+def load(tmp_path: Path, text: str, *overrides: str) -> TrainConfig:
+    return load_config(TrainConfig, write(tmp_path, text), overrides)
 
 
 def refused(tmp_path: Path, text: str, *overrides: str) -> str:
@@ -80,6 +85,45 @@ def test_refusals_name_the_place_and_the_legal_values(tmp_path: Path, override: 
 def test_all_problems_come_in_one_message(tmp_path: Path) -> None:
     message = refused(tmp_path, GOOD, "training.steps=0", "traning.x=1", "optimizer.lr=fast")
     assert "3 problems" in message
+
+
+def test_contradictions_are_told_with_what_is_wrong_by_itself(tmp_path: Path) -> None:
+    overrides = ["optimizer.lr=fast", "data.lanes=7", "training.offload=parameters", "optimizer.schedule=wsd"]
+    message = refused(tmp_path, GOOD, *overrides, "samples.every=5")
+    assert "5 problems" in message, message
+    for text in ("optimizer.lr: ", "data.lanes=7", "training.offload: parameters", "decay_steps=0", "samples.ar_vae"):
+        assert text in message
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ("training.global_batch_size=many", "data.lanes=10"),
+        ("training.global_batch_sise=20", "data.lanes=10"),
+        ("training.zero_stage=7", "training.offload=optimizer"),
+    ],
+)
+def test_a_default_in_the_place_of_what_was_wrong_is_not_blamed(tmp_path: Path, overrides: tuple[str, str]) -> None:
+    assert "1 problem\n" in refused(tmp_path, GOOD, *overrides)
+
+
+def test_an_older_configuration_is_migrated_and_a_newer_one_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert load(tmp_path, GOOD).version == load(tmp_path, GOOD, "version=1").version == 1
+    assert "is of version 9; this release reads versions 1 to 1" in refused(tmp_path, GOOD, "version=9")
+    for value in ("0", "true", "one"):
+        assert "an integer from 1 to 1" in refused(tmp_path, GOOD, f"version={value}")
+
+    def rename(settings: dict[str, Any]) -> None:
+        settings["seed"] = settings.pop("random_seed")
+
+    monkeypatch.setattr(migration, "VERSION", 2)
+    monkeypatch.setattr(migration, "MIGRATIONS", {1: rename})
+    old = {"task": "denoiser", "random_seed": 3}
+    assert migration.migrate(old, "old.yaml") == {"task": "denoiser", "seed": 3, "version": 2}
+    assert old == {"task": "denoiser", "random_seed": 3}
+    assert migration.migrate({"seed": 4, "version": 2}, "new.yaml") == {"seed": 4, "version": 2}
 
 
 @pytest.mark.parametrize(
