@@ -237,7 +237,7 @@ def main() -> None:
     console = Console()
     console.print(f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}\n")
     profiles = [
-        Profile("small", (16, 64, 4), options.small, 1000, 64 * 2**20),
+        Profile("small", (16, 64, 4), options.small, 1000, 256 * 2**20),
         Profile("large", (16, 1024, 32), options.large, 40, 256 * 2**20),
     ]
     for profile in (profile for profile in profiles if profile.samples):

@@ -86,10 +86,11 @@ class DatasetStream:
         windows: tuple[Window, ...] = ()
         if self._read_ahead is not None and len(places.positions):
             first, last = consumed // self.order.lanes, (consumed + count - 1) // self.order.lanes
-            if self._arena is not None:
-                windows = self._arena.hold(epoch, first // self.order.window, last // self.order.window)
             lanes = places.positions // self.order.lane_length
-            self._read_ahead.advance(epoch, last, range(int(lanes.min()), int(lanes.max()) + 1))
+            self._read_ahead.advance(epoch, first, range(int(lanes.min()), int(lanes.max()) + 1))
+            if self._arena is not None:
+                # Before the next window takes the place of one that this batch still needs.
+                windows = self._arena.hold(epoch, first // self.order.window, last // self.order.window)
         return Taken(places, windows)
 
     def let_go(self, taken: Taken) -> None:

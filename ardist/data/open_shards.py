@@ -137,6 +137,7 @@ class ShardTable:
         self._shards: OpeningCache[int, OpenShard] = OpeningCache(max_open)
         self._parts: OpeningCache[tuple[int, int], OpenPart] = OpeningCache(max_open)
         self._refused: dict[int, ShardError] = {}
+        self._no_better: set[tuple[int, int]] = set()
 
     def after_fork(self) -> None:
         """Make new locks; open files are shared with the parent and stay good for ``pread``."""
@@ -202,11 +203,15 @@ class ShardTable:
 
     def replaced(self, part: OpenPart, error: ShardError) -> OpenPart | None:
         """The part fetched anew where the damaged bytes were only a copy; None where they are the original."""
-        start, stop = part.shard.span(part.part)
-        if not self._source.discard(part.shard.number, start, stop, str(error)):
+        number, (start, stop) = part.shard.number, part.shard.span(part.part)
+        if (number, part.part) in self._no_better or not self._source.discard(number, start, stop, str(error)):
             return None
-        self._parts.drop((part.shard.number, part.part))
+        self._parts.drop((number, part.part))
         return self.part(part.shard.number, part.first)
+
+    def keep(self, part: OpenPart) -> None:
+        """What is wrong with a part came with the original: fetching it anew gains nothing."""
+        self._no_better.add((part.shard.number, part.part))
 
     def prepare(self, number: int, first: int, last: int) -> None:
         """Open what rows first..last of a shard need and ask the system to read it ahead. Raises `ShardError`."""

@@ -36,20 +36,21 @@ class ReadAhead:
     ) -> None:
         self._order, self._reader, self._arena, self._lock = order, reader, arena, lock
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="ardist-fetch")
-        self._at: tuple[int, int, range] | None = None
+        self._begun: tuple[tuple[int, int, range], ...] = ()
 
     def advance(self, epoch: int, offset: int, lanes: range) -> None:
         """Reading has come to `offset` of these lanes in `epoch`; called in order, by one thread at a time."""
         window = offset // self._order.window
         lanes = lanes if self._arena is None else self._arena.lanes
-        if self._at == (epoch, window, lanes):
+        if self._begun[:1] == ((epoch, window, lanes),):
             return
-        if self._at is None:
-            for shard, first, last in runs(self._places(epoch, window, lanes)):
-                self._pool.submit(self._one, self._reader.prepare, shard, first, last)
-        self._at = epoch, window, lanes
         end = (self._order.lane_length - 1) // self._order.window
-        self._submit(*((epoch, window + 1) if window < end else (epoch + 1, 0)), lanes)
+        after = (epoch, window + 1) if window < end else (epoch + 1, 0)
+        wanted = (epoch, window, lanes), (*after, lanes)
+        for number in wanted:
+            if number not in self._begun:
+                self._submit(*number)
+        self._begun = wanted
 
     def _places(self, epoch: int, window: int, lanes: range) -> Places:
         with self._lock:

@@ -153,6 +153,8 @@ class SampleReader:
             self._read_row(fresh, row, buffer, slot, hasher)
         except ShardError as problem:
             bad[slot] = problem
+            if fresh is not None:
+                self._table.keep(fresh)
         return fresh or part
 
     def _read_row(self, part: OpenPart, row: int, buffer: RowBuffer, slot: int, hasher: Any) -> None:

@@ -26,7 +26,7 @@ _LOOK_UP_EACH: Final = 1000
 
 
 class RemoteSource(ShardSource):
-    """Shards of an object store. Whole shards must have their sha256, parts are checked sample by sample."""
+    """Shards of an object store. What was fetched is checked sample by sample when it is read, as local files are."""
 
     looks_are_free = False
 
@@ -61,12 +61,11 @@ class RemoteSource(ShardSource):
 
     def open(self, shard: int, start: int, stop: int) -> tuple[int, int]:
         entry = self.manifest.shards[shard]
-        whole = (start, stop) == (0, entry.bytes)
 
         def fill(path: Path) -> None:
             for attempt in (1, 2):
                 try:
-                    return self._download(shard, path) if whole else self._download_part(shard, start, stop, path)
+                    return self._download(shard, start, stop, path)
                 except ShardError as error:
                     if attempt == 2 or error.reason == "missing":
                         raise
@@ -81,35 +80,24 @@ class RemoteSource(ShardSource):
     def _name(self, shard: int, start: int, stop: int) -> str:
         return f"{self.manifest.shards[shard].sha256}-{start}-{stop}"
 
-    def _download(self, shard: int, path: Path) -> None:
+    def _download(self, shard: int, start: int, stop: int, path: Path) -> None:
+        """A whole shard has one version by itself: it comes in one answer, or its pieces name the first one's."""
         entry = self.manifest.shards[shard]
+        whole = (start, stop) == (0, entry.bytes)
+        extent = (None, None, None) if whole else (start, stop - start, self._version(shard))
         try:
-            size = self.storage.size(entry.name)
-            if size != entry.bytes:
-                raise ShardError(entry.name, "length", f"is {size} bytes long, the manifest says {entry.bytes}")
-            digest = self.storage.download(entry.name, path)
-        except MissingObjectError:
-            raise ShardError(entry.name, "missing", "the object is missing") from None
-        except ChangedObjectError as error:
-            raise ShardError(entry.name, "checksum", str(error)) from None
-        self._fetched(entry.bytes)
-        if digest != entry.sha256:
-            raise ShardError(entry.name, "checksum", f"has sha256 {digest[:16]}…, not {entry.sha256[:16]}…")
-
-    def _download_part(self, shard: int, start: int, stop: int, path: Path) -> None:
-        entry = self.manifest.shards[shard]
-        try:
-            data = self.storage.read(entry.name, start, stop - start, self._version(shard))
+            with path.open("wb", buffering=0) as file:
+                received = self.storage.stream(entry.name, file.write, *extent)
         except MissingObjectError:
             raise ShardError(entry.name, "missing", "the object is missing") from None
         except ChangedObjectError as error:
             with self._lock:
                 self._versions.pop(shard, None)
             raise ShardError(entry.name, "checksum", str(error), start) from None
-        self._fetched(len(data))
-        if len(data) != stop - start:
-            raise ShardError(entry.name, "length", f"ends after {len(data)} of {stop - start} bytes", start)
-        path.write_bytes(data)
+        self._fetched(received)
+        if received != stop - start:
+            what = "is" if whole else f"from byte {start} on is"
+            raise ShardError(entry.name, "length", f"{what} {received} bytes long, not {stop - start}")
 
     def _version(self, shard: int) -> str:
         """The version of a shard when it was first read: no later read may mix in another."""

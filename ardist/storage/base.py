@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -95,20 +95,27 @@ class Storage(ABC):
         """Names that begin with `prefix`, sorted."""
         return (info.name for info in self.walk(prefix))
 
+    @abstractmethod
+    def stream(
+        self,
+        name: str,
+        take: Callable[[bytes], object],
+        start: int | None = None,
+        length: int | None = None,
+        version: str | None = None,
+    ) -> int:
+        """Hand the bytes that `read` would give to `take`, in pieces of a moderate size; returns how many they were."""
+
     def download(self, name: str, path: Path, version: str | None = None) -> str:
         """Copy an object into a new local file and return its sha256; one version throughout."""
-        info = self.stat(name)
-        if version is not None and info.version != version:
-            raise ChangedObjectError(f"{self.url}/{name} was replaced since it was listed")
         digest = hashlib.sha256()
         with path.open("wb") as file:
-            for start in range(0, info.size, COPY_CHUNK):
-                wanted = min(COPY_CHUNK, info.size - start)
-                piece = self.read(name, start, wanted, info.version)
-                if len(piece) != wanted:
-                    raise ChangedObjectError(f"{self.url}/{name} shrank while it was read")
+
+            def take(piece: bytes) -> None:
                 digest.update(piece)
                 file.write(piece)
+
+            self.stream(name, take, version=version)
         return digest.hexdigest()
 
 

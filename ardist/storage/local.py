@@ -76,6 +76,26 @@ class LocalStorage(Storage):
 
         return self._retried(name, once, "read")
 
+    def stream(
+        self,
+        name: str,
+        take: Callable[[bytes], object],
+        start: int | None = None,
+        length: int | None = None,
+        version: str | None = None,
+    ) -> int:
+        first, wanted = check_range(start, length)
+        info = self.stat(name)
+        if version is not None and info.version != version:
+            raise ChangedObjectError(f"{self.url}/{name} was replaced since it was listed")
+        end = info.size if wanted is None else min(info.size, first + wanted)
+        for at in range(first, end, COPY_CHUNK):
+            piece = self.read(name, at, min(COPY_CHUNK, end - at), info.version)
+            if len(piece) != min(COPY_CHUNK, end - at):
+                raise ChangedObjectError(f"{self.url}/{name} shrank while it was read")
+            take(piece)
+        return max(0, end - first)
+
     def walk(self, prefix: str = "") -> Iterator[ObjectInfo]:
         # Only the deepest folder that the prefix names is searched, not the whole root.
         folder = self.root.joinpath(*prefix.split("/")[:-1]) if "/" in prefix else self.root

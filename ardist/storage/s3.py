@@ -30,7 +30,9 @@ T = TypeVar("T")
 MULTIPART_FROM = 64 * 2**20
 PART_BYTES = 16 * 2**20
 _PARTS_AT_ONCE = 4
-_BODY_CHUNK = 2**20
+_BODY_CHUNK = 256 * 2**10
+"""Small enough to stay in the processor's cache until it is stored."""
+
 _SLOW_AFTER_SECONDS, _SLOW_BYTES_PER_SECOND = 30.0, 10 * 1024
 
 
@@ -71,10 +73,22 @@ class S3Storage(Storage):
         return self._run("list", prefix, lambda client: _whole(client.list_objects_v2(**arguments), "Name"))
 
     def read(self, name: str, start: int | None = None, length: int | None = None, version: str | None = None) -> bytes:
+        received = bytearray()
+        self.stream(name, received.extend, start, length, version)
+        return bytes(received)
+
+    def stream(
+        self,
+        name: str,
+        take: Callable[[bytes], object],
+        start: int | None = None,
+        length: int | None = None,
+        version: str | None = None,
+    ) -> int:
         first, wanted = check_range(start, length)
         if wanted == 0:
-            return b""
-        download = _Download(self, name, first, wanted, version)
+            return 0
+        download = _Download(self, name, take, first, wanted, version)
         try:
             return self._run("read", name, download.attempt)
         except PreconditionError:
@@ -82,7 +96,7 @@ class S3Storage(Storage):
         except RangeError:
             if download.received:
                 raise ChangedObjectError(f"{self.url}/{name} shrank while it was read") from None
-            return b""
+            return 0
 
     def put(self, name: str, data: bytes | Path, *, move: bool = False) -> None:
         fault.point("storage.s3_before_put")
@@ -214,15 +228,25 @@ class S3Storage(Storage):
 
 
 class _Download:
-    """The bytes of one read, kept over the attempts: a broken body is resumed where it broke."""
+    """One read over all its attempts: a broken body is resumed where it broke."""
 
-    def __init__(self, storage: S3Storage, name: str, start: int, length: int | None, version: str | None) -> None:
+    def __init__(
+        self,
+        storage: S3Storage,
+        name: str,
+        take: Callable[[bytes], object],
+        start: int,
+        length: int | None,
+        version: str | None,
+    ) -> None:
+        self._take = take
         self._where = {"Bucket": storage._bucket, "Key": storage._key(name)}
         self._start, self._length, self._version = start, length, version
-        self.received = bytearray()
+        self.received = 0
 
-    def attempt(self, client: Any) -> bytes:
-        at = self._start + len(self.received)
+    def attempt(self, client: Any) -> int:
+        """Receive what is still missing; returns the bytes received in all."""
+        at = self._start + self.received
         ranged = at > 0 or self._length is not None
         arguments = dict(self._where)
         if ranged:
@@ -239,25 +263,27 @@ class _Download:
             self._receive(body, skip, expected)
         finally:
             body.close()
-        return bytes(self.received)
+        return self.received
 
     def _receive(self, body: Any, skip: int, expected: int) -> None:
         from botocore.exceptions import BotoCoreError
         from urllib3.exceptions import HTTPError
 
         begun, got = time.monotonic(), 0
-        try:
-            while got < skip + expected:
+        while got < skip + expected:
+            try:
                 chunk = body.read(min(_BODY_CHUNK, skip + expected - got))
-                if not chunk:
-                    raise TransientError(f"the body ended after {got} of {skip + expected} bytes")
-                self.received += chunk[max(0, skip - got) :]
-                got += len(chunk)
-                seconds = time.monotonic() - begun
-                if seconds > _SLOW_AFTER_SECONDS and got < _SLOW_BYTES_PER_SECOND * seconds:
-                    raise TransientError(f"only {got} bytes in {seconds:.0f} s")
-        except (BotoCoreError, HTTPError, OSError) as error:
-            raise TransientError(f"the body broke after {got} bytes: {type(error).__name__}") from error
+            except (BotoCoreError, HTTPError, OSError) as error:
+                raise TransientError(f"the body broke after {got} bytes: {type(error).__name__}") from error
+            if not chunk:
+                raise TransientError(f"the body ended after {got} of {skip + expected} bytes")
+            wanted = chunk[skip - got :] if got < skip else chunk
+            self._take(wanted)
+            self.received += len(wanted)
+            got += len(chunk)
+            seconds = time.monotonic() - begun
+            if seconds > _SLOW_AFTER_SECONDS and got < _SLOW_BYTES_PER_SECOND * seconds:
+                raise TransientError(f"only {got} bytes in {seconds:.0f} s")
 
 
 def _whole(answer: dict[str, Any], *fields: str) -> dict[str, Any]:

@@ -1,4 +1,7 @@
-"""S3 servers for tests: Ceph where it is installed, else moto; and a proxy in front that injects faults."""
+"""S3 servers for tests: Ceph where it is installed, else moto; and a proxy in front that injects faults.
+
+``python s3_servers.py`` says which one the tests will use here.
+"""
 
 from __future__ import annotations
 
@@ -6,17 +9,20 @@ import contextlib
 import http.client
 import http.server
 import os
-import shutil
 import socket
 import struct
-import subprocess
 import threading
 import time
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-CEPH_SCRIPTS = Path(__file__).resolve().parents[3] / "shared" / "ceph-rgw"
+import ceph_gateway
+
+CHOICE = "ARDIST_TEST_S3"
+"""Environment variable that decides: ceph (an error where it is not installed) or moto."""
+
 BUCKET = "ardist-tests"
 
 
@@ -40,25 +46,32 @@ class S3Server:
         }
 
 
-def ceph_missing() -> str | None:
-    """Why Ceph cannot be used here, or None."""
-    if not (CEPH_SCRIPTS / "up.sh").is_file():
-        return "the scripts that start a Ceph gateway are not on this machine"
-    missing = [name for name in ("radosgw", "ceph-mon", "ceph-osd") if shutil.which(name) is None]
-    return f"not installed: {', '.join(missing)}" if missing else None
+def server_kind() -> tuple[str, str]:
+    """(``ceph`` or ``moto``, a line that says which and why)."""
+    missing = ceph_gateway.missing()
+    kind = os.environ.get(CHOICE) or ("moto" if missing else "ceph")
+    if kind == "ceph":
+        if missing:
+            raise RuntimeError(f"{CHOICE}=ceph, but it is {missing}")
+        return kind, f"S3 tests run against Ceph RGW {ceph_gateway.version()}"
+    why = (
+        f"{CHOICE} asks for it" if missing is None else f"Ceph is {missing}; tests/storage/install_ceph.sh installs it"
+    )
+    return kind, f"S3 tests run against moto's server: {why}"
 
 
 @contextlib.contextmanager
 def start_server(kind: str, folder: Path) -> Iterator[S3Server]:
-    """Run ``ceph`` or ``moto`` for the length of a block."""
+    """Run ``ceph`` or ``moto`` for the length of a block; `folder` lies in pytest's own temporary folder.
+
+    Ceph takes a while to start, so all processes of a test run share one.
+    """
     if kind == "ceph":
-        environment = {**os.environ, "CEPH_DIR": str(folder / "ceph")}
-        subprocess.run(["bash", str(CEPH_SCRIPTS / "up.sh")], env=environment, check=True, capture_output=True)
-        try:
-            yield S3Server("ceph", "http://127.0.0.1:9104", "AKTEST", "SKTESTSKTEST")
-        finally:
-            subprocess.run(["bash", str(CEPH_SCRIPTS / "down.sh")], env=environment, check=False, capture_output=True)
+        root = folder.parent.parent if "PYTEST_XDIST_WORKER" in os.environ else folder.parent
+        with ceph_gateway.gateway(root / "ceph") as endpoint:
+            yield S3Server("ceph", endpoint, ceph_gateway.ACCESS_KEY, ceph_gateway.SECRET_KEY)
         return
+    warnings.warn(server_kind()[1], stacklevel=2)  # so that it is said at the end of the tests
     from moto.server import ThreadedMotoServer
 
     with socket.socket() as probe:
@@ -78,7 +91,7 @@ class FaultProxy:
 
     Faults: ``500``, ``503``, ``503/2`` (Retry-After 2), ``429``, ``403/Code``, ``reset``, ``short`` (half of the
     body, then the connection closes), ``stall`` (half of the body, then nothing), ``flip`` (one wrong byte),
-    ``html`` (200 with a web page), ``norange`` (200 with the whole object), ``lost`` (done, but the answer is lost).
+    ``noise`` (only wrong bytes), ``html`` (200 with a web page), ``norange`` (200 with the whole object), ``lost`` (done, but the answer is lost).
     """
 
     target: str
@@ -153,6 +166,8 @@ class FaultProxy:
             request.connection.close()
             request.close_connection = True
         else:
+            if kind == "noise":
+                data = bytes(byte ^ 1 for byte in data)
             if kind == "flip":
                 data = bytes([data[0] ^ 1]) + data[1:]
             self._answer(request, answer.status, kept, data)
@@ -182,3 +197,7 @@ class FaultProxy:
         for name, value in headers.items():
             request.send_header(name, value)
         request.end_headers()
+
+
+if __name__ == "__main__":
+    print(server_kind()[1])
