@@ -6,6 +6,7 @@ as soon as it is final.
 
 from __future__ import annotations
 
+import copy
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -50,7 +51,8 @@ class ADSampler:
         window: frames it looks at, at most; None: all frames of the video.
         window_kind: ``rolling`` (exact cache; ``strict`` mask only), ``recompute`` (the authors' common window,
             nothing cached), or None for the one that fits the mask.
-        compile: compile the blocks (see `ardist.models.parallelize`).
+        compile: compile the blocks (see `ardist.models.parallelize`) of a copy that shares the denoiser's weights; the
+            denoiser itself stays as it is.
 
     Raises:
         InvalidValueError: the window does not fit the denoiser.
@@ -89,7 +91,7 @@ class ADSampler:
             if window is not None and window > config.window:
                 raise InvalidValueError(f"window={window} is illegal; legal: at most {config.window}, as trained")
             window = config.window if window is None else window
-        self.denoiser = parallelize(denoiser, compile=True) if compile else denoiser
+        self.denoiser = parallelize(_same_weights(denoiser), compile=True) if compile else denoiser
         self.device = denoiser.input.weight.device
         self.noise_schedule = noise_schedule.to(self.device)
         self.target = target
@@ -242,3 +244,9 @@ class ADSampler:
                 f"{reach} frames do not fit the denoiser's sincos table; legal: at most {config.max_frames}, "
                 f"or window_kind='recompute' with a window of at most {config.max_frames}"
             )
+
+
+def _same_weights(denoiser: Denoiser) -> Denoiser:
+    """Another module with the very parameters and buffers of this one."""
+    shared = {id(tensor): tensor for tensor in (*denoiser.parameters(), *denoiser.buffers())}
+    return copy.deepcopy(denoiser, shared)

@@ -19,7 +19,16 @@ from ardist.models.denoiser import Denoiser
 
 CHECKPOINTING = ("none", "selective", "full")
 
-_MATMULS = [torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.aten.bmm.default]
+_KEPT: list[Any] = [
+    torch.ops.aten.mm.default,
+    torch.ops.aten.addmm.default,
+    torch.ops.aten.bmm.default,
+    torch.ops.ardist.attention.default,
+    # What `sdpa` becomes on devices where it does not stand behind the operator above.
+    torch.ops.aten._scaled_dot_product_flash_attention.default,
+    torch.ops.aten._scaled_dot_product_efficient_attention.default,
+    torch.ops.aten._scaled_dot_product_cudnn_attention.default,
+]
 
 
 def parallelize(
@@ -35,8 +44,10 @@ def parallelize(
     Args:
         activation_checkpointing: ``none``; ``selective`` keeps the results of matrix products and of attention, and
             recomputes everything elementwise in the backward pass; ``full`` keeps the input of each block only.
-        compile: compile the two halves of each block around the attention call, each as one graph. All blocks share
-            the two compiled programs; another number of frames or clips does not recompile (see `dynamic`).
+        compile: compile each block as one graph, and for cached inference the two halves around its attention call.
+            All blocks share the compiled programs; another number of frames or clips does not recompile (see
+            `dynamic`), except where attention is ``flex``, ``reference`` or, on a GPU, ``sdpa``: there the mask is a
+            part of the program.
         backend: of ``torch.compile``.
         dynamic: programs for any number of frames and clips; False specialises them, with a recompilation per shape.
 
@@ -49,20 +60,22 @@ def parallelize(
         shape_config.use_duck_shape = False
         # Sizes 0 and 1 still have programs of their own: no context, one frame, one clip, with and without gradients.
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 32)
+    compiled = functools.partial(torch.compile, backend=backend, fullgraph=True, dynamic=dynamic)
     for block in model.blocks:
-        for half in ("before_attention", "after_attention"):
-            function: Callable[..., Any] = getattr(block, half)
-            if activation_checkpointing == "selective":
-                function = functools.partial(checkpoint, function, use_reentrant=False, context_fn=_keep_matmuls)
-            if compile:
-                function = torch.compile(function, backend=backend, fullgraph=True, dynamic=dynamic)
-            setattr(block, half, function)
+        whole: Callable[..., Any] = block.whole
+        if activation_checkpointing == "selective":
+            whole = functools.partial(checkpoint, whole, use_reentrant=False, context_fn=_keep_products)
+        if compile:
+            whole = compiled(whole)
+            for half in ("before_attention", "after_attention"):
+                setattr(block, half, compiled(getattr(block, half)))
         if activation_checkpointing == "full":
-            block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
+            whole = functools.partial(checkpoint, whole, use_reentrant=False)
+        block.whole = whole
     return model
 
 
-def _keep_matmuls() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
+def _keep_products() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
     contexts: tuple[AbstractContextManager[Any], AbstractContextManager[Any]]
-    contexts = create_selective_checkpoint_contexts(_MATMULS)
+    contexts = create_selective_checkpoint_contexts(_KEPT)
     return contexts

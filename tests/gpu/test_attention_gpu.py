@@ -115,28 +115,36 @@ def test_auto() -> None:
 
 
 @pytest.mark.parametrize("backend", ["reference", "sdpa", "flex", "flash"])
-@pytest.mark.parametrize("window", [None, 3])
-def test_causality_to_the_last_bit(backend: str, window: int | None) -> None:
-    length, context, frames = 32, 77, 6
-    layout = AttentionLayout.training(frames, length, context, window=window)
+@pytest.mark.parametrize(
+    "layout",
+    [
+        AttentionLayout.training(6, 32, 77),
+        AttentionLayout.training(6, 32, 77, window=3),
+        AttentionLayout(32, (12, 18), (0, 18), 77, context_queries=False),
+        AttentionLayout(32, (12, 18), (9, 18), 77, context_queries=False, window=4),
+    ],
+    ids=["training", "training, window", "cached", "cached, window, evicted"],
+)
+def test_causality_to_the_last_bit(backend: str, layout: AttentionLayout) -> None:
+    """Nothing of the last three frames reaches the three before them."""
     reason = available_backends("cuda", torch.bfloat16, 72, requires_grad=True)[backend]
     if reason:
         pytest.skip(reason)
     torch._dynamo.reset()
     q, k, v, _ = tensors(layout, 72, torch.bfloat16)
-    later = context + 3 * length
+    later = 3 * layout.tokens_per_frame
     out = attention(q, k, v, layout, backend)
-    grads = torch.autograd.grad(out[:, :, :later].float().square().sum(), (q, k, v))
+    grads = torch.autograd.grad(out[:, :, :-later].float().square().sum(), (q, k, v))
     for grad in grads:
-        assert torch.count_nonzero(grad[:, :, later:]) == 0
-        assert torch.count_nonzero(grad[:, :, :later]) > 0
+        assert torch.count_nonzero(grad[:, :, -later:]) == 0
+        assert torch.count_nonzero(grad[:, :, :-later]) > 0
     with torch.no_grad():
         before = attention(q, k, v, layout, backend)
         for x in (q, k, v):
-            x[:, :, later:] *= 3.0
+            x[:, :, -later:] *= 3.0
         after = attention(q, k, v, layout, backend)
-    assert torch.equal(after[:, :, :later], before[:, :, :later])
-    assert not torch.equal(after[:, :, later:], before[:, :, later:])
+    assert torch.equal(after[:, :, :-later], before[:, :, :-later])
+    assert not torch.equal(after[:, :, -later:], before[:, :, -later:])
 
 
 @pytest.mark.slow

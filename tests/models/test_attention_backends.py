@@ -122,13 +122,13 @@ def test_what_is_cached_is_fit_for_training() -> None:
 def test_sdpa_scores_no_forbidden_pair_of_large_frames_and_copies_no_keys() -> None:
     """One call per frame, contiguous keys, no mask; with small frames the masks stay as tall as a chunk."""
     layout = AttentionLayout.training(16, 64, 77)
-    calls = sdpa._plan(sdpa.CHUNK_TOKENS_TRAINING, *layout.key())
+    calls = sdpa.plan(sdpa.CHUNK_TOKENS_TRAINING, layout)
     pairs = sum((c.queries[1] - c.queries[0]) * (c.context + c.keys[1] - c.keys[0]) for c in calls)
     assert pairs == layout.num_pairs()
     assert all(c.mask is None and c.context == 0 for c in calls)
     small_frames = ((AttentionLayout.training(300, 4), 1.1), (AttentionLayout.training(300, 4, window=30), 1.6))
     for small, most in small_frames:
-        calls = sdpa._plan(sdpa.CHUNK_TOKENS_TRAINING, *small.key())
+        calls = sdpa.plan(sdpa.CHUNK_TOKENS_TRAINING, small)
         pairs = sum((c.queries[1] - c.queries[0]) * (c.keys[1] - c.keys[0]) for c in calls)
         assert pairs < most * small.num_pairs()
         assert len({c.mask for c in calls}) <= 12, "masks are shared"

@@ -241,8 +241,8 @@ def test_conditions_that_the_denoiser_does_not_have_are_refused() -> None:
     denoiser = random_denoiser()
     with pytest.raises(InvalidValueError, match="context_dropped .* legal: None, this denoiser has no context"):
         denoiser(**inputs(denoiser.config), context_dropped=torch.tensor([True, False]))
+    banded = random_denoiser(mask="bidirectional")
     with pytest.raises(InvalidValueError, match="window=2 is illegal with mask 'bidirectional'; legal: None"):
-        banded = random_denoiser(mask="bidirectional")
         banded(**inputs(banded.config), window=2)
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from denoiser_cases import inputs, random_denoiser
 
-from ardist.models.attention import BACKENDS
+from ardist.models.attention import BACKENDS, available_backends
 
 CONTEXT: dict[str, Any] = {"context_tokens": 5, "context_dim": 6}
 CPU_BACKENDS = [name for name in BACKENDS if name != "flex"]
@@ -52,8 +52,9 @@ def test_strict_mask_is_exactly_causal(backend: str, changes: dict[str, Any]) ->
 @pytest.mark.slow
 def test_flex_forward_is_exactly_causal(pytestconfig: pytest.Config) -> None:
     """In a process of its own: run-time shape checks cannot be compiled. (On CPU, flex has no backward.)"""
-    if "flex" not in BACKENDS:
-        pytest.skip("this build has no flex backend")
+    reason = available_backends()["flex"]
+    if reason:
+        pytest.skip(reason)
     program = (
         "from test_denoiser_causality import CONTEXT, change_before\n"
         "assert change_before({**CONTEXT, 'attention_backend': 'flex'}, 3) == 0"

@@ -52,15 +52,16 @@ from ardist.diffusion.noise import NoiseSchedule
 from ardist.inference.sampler import ADSampler
 from ardist.models.parallelize import parallelize
 
-changes = dict(context_tokens=5, context_dim=6, num_classes=3, depth=2)
-report = {}
-for kind in ("none", "selective"):
+changes = dict(context_tokens=5, context_dim=6, num_classes=3, depth=3)
+report = {"trained": {}}
+for kind, attention in (("none", "auto"), ("none", "flash"), ("selective", "auto"), ("full", "auto")):
     torch._dynamo.reset()
     counters.clear()
-    plain, compiled = random_denoiser(**changes), random_denoiser(**changes)
+    plain = random_denoiser(**changes, attention_backend=attention)
+    compiled = random_denoiser(**changes, attention_backend=attention)
     parallelize(compiled, activation_checkpointing=kind, compile=True, backend="aot_eager")
     graphs, worst = [], 0.0
-    for batch, frames in ((4, 4), (3, 7)):
+    for batch, frames in ((4, 4), (3, 7), (2, 16)):
         arguments = inputs(plain.config, batch, frames)
         for denoiser in (plain, compiled):
             denoiser.zero_grad()
@@ -68,7 +69,8 @@ for kind in ("none", "selective"):
         pairs = zip(plain.parameters(), compiled.parameters())
         worst = max([worst, *((p.grad - q.grad).abs().max().item() for p, q in pairs if p.grad is not None)])
         graphs.append(counters["stats"]["unique_graphs"])
-    report[kind] = {"graphs": graphs, "worst": worst, "breaks": dict(counters["graph_break"])}
+    seen = {"graphs": graphs, "worst": worst, "breaks": dict(counters["graph_break"])}
+    report["trained"][kind + " " + attention] = seen
 sampled = []
 for denoiser in (plain, compiled):
     sampler = ADSampler(denoiser, NoiseSchedule.create(), window=3)
@@ -96,7 +98,7 @@ def test_blocks_compile_without_a_break_and_once_for_all_shapes(pytestconfig: py
     # Two halves, times: the context alone, one frame, several frames.
     assert 0 < report.pop("sampling_graphs") <= 6
     assert report.pop("sampling_error") < 1e-5
-    for kind, seen in report.items():
-        assert seen["graphs"] == [2, 2], f"{kind}: two programs for all blocks, none added for another shape"
+    for kind, seen in report["trained"].items():
+        assert seen["graphs"] == [1, 1, 1], f"{kind}: one program for all blocks, attention in it, for every shape"
         assert seen["breaks"] == {}, kind
         assert seen["worst"] < 1e-6, kind

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import functools
-import operator
 import shutil
 from collections.abc import Callable
 from importlib.util import find_spec
-from typing import Any
+from operator import index
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from ardist.errors import InvalidValueError, choose
-from ardist.models.attention import flash, flex, reference, sdpa
+from ardist.models.attention import flash, flex, operator, reference, sdpa
 from ardist.models.attention.layout import AttentionLayout
 from ardist.models.attention.tracing import trace_time_constant
 
@@ -60,8 +59,15 @@ def attention(
     if not q.dtype == k.dtype == v.dtype:
         raise InvalidValueError(f"q, k, v have dtypes {q.dtype}, {k.dtype}, {v.dtype}; legal: one dtype for all three")
     tracked = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
-    name = _resolve(backend, q.device.type, q.dtype, operator.index(q.shape[-1]), tracked, *layout.key())
-    return _ATTEND[name](q, k, v, layout)
+    compiling = torch.compiler.is_compiling()
+    # While a compiler traces, the number of frames may be symbolic, and nothing should be asked of it.
+    dense = not compiling and not _forbids_anything(layout)
+    name = _resolve(backend, q.device.type, q.dtype, index(q.shape[-1]), tracked, dense)
+    if not operator.serves(name, q.device.type):
+        return _ATTEND[name](q, k, v, layout)
+    if tracked or compiling:
+        return operator.attend(q, k, v, layout, name)
+    return operator.attend_directly(q, k, v, layout, name)
 
 
 def resolve_backend(name: str, layout: AttentionLayout, q: Float[Tensor, "b h n d"]) -> str:
@@ -76,7 +82,7 @@ def resolve_backend(name: str, layout: AttentionLayout, q: Float[Tensor, "b h n 
         InvalidValueError: the name is unknown, or the backend cannot serve these queries; legal names are given.
     """
     tracked = torch.is_grad_enabled() and q.requires_grad
-    return _resolve(name, q.device.type, q.dtype, q.shape[-1], tracked, *layout.key())
+    return _resolve(name, q.device.type, q.dtype, q.shape[-1], tracked, not _forbids_anything(layout))
 
 
 def available_backends(
@@ -94,11 +100,16 @@ def available_backends(
 
 
 @trace_time_constant
-def _resolve(name: str, device_type: str, dtype: torch.dtype, head_dim: int, tracked: bool, *key: Any) -> str:
+def _resolve(name: str, device_type: str, dtype: torch.dtype, head_dim: int, tracked: bool, dense: bool) -> str:
+    return _cached_choice(name, device_type, dtype, head_dim, tracked, dense)
+
+
+@functools.lru_cache(maxsize=256)
+def _cached_choice(name: str, device_type: str, dtype: torch.dtype, head_dim: int, tracked: bool, dense: bool) -> str:
     choose("attention backend", name, BACKENDS)
     if name == "auto":
         half = dtype in (torch.float16, torch.bfloat16)
-        suits_flash = device_type == "cuda" and half and _forbids_anything(AttentionLayout.from_key(key))
+        suits_flash = device_type == "cuda" and half and not dense
         return "flash" if suits_flash and flash.none_works(device_type, dtype, head_dim) is None else "sdpa"
     problem = _problem(name, device_type, dtype, head_dim, tracked)
     if problem is not None:
@@ -109,6 +120,7 @@ def _resolve(name: str, device_type: str, dtype: torch.dtype, head_dim: int, tra
     return name
 
 
+@functools.lru_cache(maxsize=1024)
 def _forbids_anything(layout: AttentionLayout) -> bool:
     return layout.num_pairs() < layout.num_queries * layout.num_keys
 

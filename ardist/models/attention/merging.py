@@ -38,10 +38,7 @@ class _BlockCausal(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, layout: AttentionLayout, kernel: FlashKernel) -> Tensor:
-        scale = q.shape[-1] ** -0.5
-        calls = pieces(layout)
-        parts = [kernel.forward(_rows(q, c.queries), _rows(k, c.keys), _rows(v, c.keys), scale, c) for c in calls]
-        out, lse = _merge(calls, parts, q)
+        out, lse = forward(q, k, v, layout, kernel)
         ctx.save_for_backward(q, k, v, out, lse)
         ctx.layout, ctx.kernel = layout, kernel
         return out
@@ -49,24 +46,46 @@ class _BlockCausal(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, out, lse = ctx.saved_tensors
-        scale = q.shape[-1] ** -0.5
-        calls = pieces(ctx.layout)
-        totals: list[Tensor | None] = [None, None, None]
-        for c in calls:
-            parts = ctx.kernel.backward(
-                _rows(grad, c.queries),
-                _rows(q, c.queries),
-                _rows(k, c.keys),
-                _rows(v, c.keys),
-                _rows(out, c.queries),
-                lse[:, :, c.queries[0] : c.queries[1]].contiguous(),
-                scale,
-                c,
-            )
-            for i, (whole, where, part) in enumerate(zip((q, k, v), (c.queries, c.keys, c.keys), parts, strict=True)):
-                totals[i] = _add(totals[i], whole, where, part)
-        return (*totals, None, None)
+        return (*backward(grad, *ctx.saved_tensors, ctx.layout, ctx.kernel), None, None)
+
+
+def forward(q: Tensor, k: Tensor, v: Tensor, layout: AttentionLayout, kernel: FlashKernel) -> tuple[Tensor, Tensor]:
+    """[b, n, h, d] queries and [b, m, h, d] keys and values to outputs [b, n, h, d] and log-sum-exp [b, h, n]."""
+    scale = q.shape[-1] ** -0.5
+    calls = pieces(layout)
+    parts = [kernel.forward(_rows(q, c.queries), _rows(k, c.keys), _rows(v, c.keys), scale, c) for c in calls]
+    return _merge(calls, parts, q)
+
+
+def backward(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    layout: AttentionLayout,
+    kernel: FlashKernel,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, k, v in their shapes, from what `forward` was given and returned."""
+    scale = q.shape[-1] ** -0.5
+    totals: list[Tensor | None] = [None, None, None]
+    for c in pieces(layout):
+        parts = kernel.backward(
+            _rows(grad, c.queries),
+            _rows(q, c.queries),
+            _rows(k, c.keys),
+            _rows(v, c.keys),
+            _rows(out, c.queries),
+            lse[:, :, c.queries[0] : c.queries[1]].contiguous(),
+            scale,
+            c,
+        )
+        for i, (whole, where, part) in enumerate(zip((q, k, v), (c.queries, c.keys, c.keys), parts, strict=True)):
+            totals[i] = _add(totals[i], whole, where, part)
+    # Keys that no query sees at all belong to no piece.
+    dq, dk, dv = (torch.zeros_like(x) if total is None else total for total, x in zip(totals, (q, k, v), strict=True))
+    return dq, dk, dv
 
 
 def _rows(x: Tensor, where: tuple[int, int]) -> Tensor:

@@ -28,7 +28,7 @@ ONE_CALL_TOKENS = 96
 
 
 @dataclass(frozen=True)
-class _Call:
+class Call:
     """One attention call: token ranges of its queries and keys, and its mask if it needs one."""
 
     queries: tuple[int, int]
@@ -51,17 +51,23 @@ def attend(
     for index, call in enumerate(_plan(chunk_tokens, *key)):
         queries = q[:, :, call.queries[0] : call.queries[1]]
         mask = None if call.mask is None else _mask(q.device, index, chunk_tokens, *key)[:, call.mask_start :]
-        outputs.append(F.scaled_dot_product_attention(queries, _keys(k, call), _keys(v, call), attn_mask=mask))
+        outputs.append(F.scaled_dot_product_attention(queries, keys_of(k, call), keys_of(v, call), attn_mask=mask))
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)
 
 
-def _keys(x: Tensor, call: _Call) -> Tensor:
+def plan(chunk_tokens: int, layout: AttentionLayout) -> tuple[Call, ...]:
+    """The attention calls of a layout, in chunks of about `chunk_tokens` queries."""
+    return _cached_plan(chunk_tokens, layout.key())
+
+
+def keys_of(x: Tensor, call: Call) -> Tensor:
+    """The keys or values [b, h, m, d] that a call needs; a view, unless a window parts context and frames."""
     keys = x[:, :, call.keys[0] : call.keys[1]]
     return torch.cat([x[:, :, : call.context], keys], dim=2) if call.context else keys
 
 
 @trace_time_constant
-def _plan(chunk_tokens: int, *key: Any) -> tuple[_Call, ...]:
+def _plan(chunk_tokens: int, *key: Any) -> tuple[Call, ...]:
     return _cached_plan(chunk_tokens, key)
 
 
@@ -74,17 +80,17 @@ def _mask(device: torch.device, index: int, chunk_tokens: int, *key: Any) -> Ten
 
 
 @functools.lru_cache(maxsize=1024)
-def _cached_plan(chunk_tokens: int, key: LayoutKey) -> tuple[_Call, ...]:
+def _cached_plan(chunk_tokens: int, key: LayoutKey) -> tuple[Call, ...]:
     layout = AttentionLayout.from_key(key).relative()
-    whole = _Call((0, layout.num_queries), (0, layout.num_keys))
+    whole = Call((0, layout.num_queries), (0, layout.num_keys))
     if layout.num_pairs() == layout.num_queries * layout.num_keys:
         return (whole,)
     if layout.num_queries <= ONE_CALL_TOKENS and layout.num_keys <= 2 * ONE_CALL_TOKENS:
-        return (_Call(whole.queries, whole.keys, mask=layout),)
+        return (Call(whole.queries, whole.keys, mask=layout),)
     calls = []
     asking = layout.num_context_queries
     if asking:
-        calls.append(_Call((0, asking), (0, layout.num_keys if layout.kind == "released" else layout.context_tokens)))
+        calls.append(Call((0, asking), (0, layout.num_keys if layout.kind == "released" else layout.context_tokens)))
     first, last = layout.query_frames
     per_chunk = max(1, chunk_tokens // layout.tokens_per_frame)
     if layout.kind == "bidirectional":
@@ -93,7 +99,7 @@ def _cached_plan(chunk_tokens: int, key: LayoutKey) -> tuple[_Call, ...]:
     return tuple(calls)
 
 
-def _chunk(layout: AttentionLayout, start: int, stop: int) -> _Call:
+def _chunk(layout: AttentionLayout, start: int, stop: int) -> Call:
     """The call for the frames [start, stop) of a layout whose frames are counted from its first key."""
     context, length = layout.context_tokens, layout.tokens_per_frame
     offset = layout.num_context_queries - layout.query_frames[0] * length
@@ -104,13 +110,13 @@ def _chunk(layout: AttentionLayout, start: int, stop: int) -> _Call:
     if oldest == 0:
         keys, front = (0, keys[1]), 0
     if layout.visible_frames(start) == layout.visible_frames(stop - 1):
-        return _Call(queries, keys, front)
+        return Call(queries, keys, front)
     # Masks of a window depend on the distance of frames alone. Without a window all frames before the chunk are
     # visible, so the mask of the longest such chunk serves all of them from some column on.
     newest_of_all = layout.query_frames[1] if layout.window is None else newest - oldest
     rows = (newest_of_all - (stop - start), newest_of_all)
     mask = AttentionLayout(length, rows, (0, newest_of_all), context, context_queries=False, window=layout.window)
-    return _Call(queries, keys, front, mask, (newest_of_all - newest) * length if layout.window is None else 0)
+    return Call(queries, keys, front, mask, (newest_of_all - newest) * length if layout.window is None else 0)
 
 
 @functools.lru_cache(maxsize=64)

@@ -43,9 +43,9 @@ class QKNorm(nn.Module):
 class Block(nn.Module):
     """Attention and MLP, each shifted, scaled and gated per frame; context tokens are neither modulated nor gated.
 
-    Tokens are ``[context ; frames]``, [b, k + f*l, w]. The two halves around the attention call, `before_attention`
-    and `after_attention`, are what `ardist.models.parallelize` compiles: they know nothing of masks, caches or
-    numbers of frames.
+    Tokens are ``[context ; frames]``, [b, k + f*l, w]. `ardist.models.parallelize` compiles `whole`, the block without
+    a cache, and for cached inference the two halves around the attention call, `before_attention` and
+    `after_attention`, which know nothing of caches.
     """
 
     def __init__(self, config: DenoiserConfig) -> None:
@@ -76,13 +76,32 @@ class Block(nn.Module):
             conditioning: per frame, what the modulation is computed from (c = w), or the modulation itself (c = 6 w).
             store: holds keys and values of tokens that are not among `tokens`.
         """
-        context_tokens = layout.num_context_queries
-        modulation = self.modulation(conditioning) if conditioning.shape[-1] == tokens.shape[-1] else conditioning
+        if store is None:
+            return self.whole(tokens, conditioning, rotation, layout)
+        context_tokens, modulation = layout.num_context_queries, self._modulation(tokens, conditioning)
         residual, q, k, v = self.before_attention(tokens, modulation, rotation, context_tokens)
-        if store is not None:
-            k, v = store.extend(k, v)
+        k, v = store.extend(k, v)
         attended = attention(q, k, v, layout, self.backend)
         return self.after_attention(residual, modulation, attended, context_tokens)
+
+    def whole(
+        self,
+        tokens: Float[Tensor, "b n w"],
+        conditioning: Float[Tensor, "#b f c"],
+        rotation: Float[Tensor, "2 n 2 1 d"] | None,
+        layout: AttentionLayout,
+    ) -> Float[Tensor, "b n w"]:
+        """The block on tokens that see nothing but each other."""
+        context_tokens, modulation = layout.num_context_queries, self._modulation(tokens, conditioning)
+        # The class's own halves: those of this object may be compiled programs.
+        residual, q, k, v = Block.before_attention(self, tokens, modulation, rotation, context_tokens)
+        attended = attention(q, k, v, layout, self.backend)
+        return Block.after_attention(self, residual, modulation, attended, context_tokens)
+
+    def _modulation(self, tokens: Tensor, conditioning: Tensor) -> Tensor:
+        modulation: Tensor
+        modulation = self.modulation(conditioning) if conditioning.shape[-1] == tokens.shape[-1] else conditioning
+        return modulation
 
     def before_attention(
         self,
