@@ -57,7 +57,7 @@ def test_a_tracker_that_hangs_delays_nothing_and_what_it_misses_is_counted(monke
     for step in range(20):
         tracker.log({"step": step})
     tracker.finish()
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < 20, "far less than the tracker hangs"
     counted = events.snapshot()
     assert counted["tracking.dropped"] >= 10
     assert counted["tracking.unfinished"] == 1
