@@ -16,6 +16,7 @@ app = typer.Typer(
     add_completion=False,
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
     help=(
         "Train AR-Diffusion video models and sample videos of any length.\n\n"
         "The road: videos → [bold]python -m data_tools build[/] → shards → [bold]ardist train[/] → checkpoint → "
@@ -34,7 +35,7 @@ def _version(version: Annotated[bool, typer.Option("--version", help="Print the 
         raise typer.Exit
 
 
-@app.command()
+@app.command(epilog="Example: ardist quickstart --videos ~/clips --steps 100")
 def quickstart(
     directory: Annotated[Path, typer.Option("--dir", help="Where everything goes.")] = Path("runs/quickstart"),
     videos: Annotated[
@@ -58,7 +59,7 @@ def quickstart(
     run_quickstart(directory, videos=videos, ranks=ranks, steps=steps, fresh=fresh)
 
 
-@app.command()
+@app.command(epilog="Example: ardist train configs/quickstart/denoiser.yaml training.steps=50 optimizer.lr=2e-4")
 def train(
     config: Annotated[Path, typer.Argument(help="A YAML file such as configs/quickstart/denoiser.yaml.")],
     overrides: Annotated[
@@ -76,7 +77,7 @@ def train(
     run_training(load_config(TrainConfig, config, overrides or []))
 
 
-@app.command()
+@app.command(epilog="Example: ardist export runs/denoiser --out bundles/sky --ar-vae bundles/ar-vae")
 def export(
     run: Annotated[Path, typer.Argument(help="A run directory with checkpoints.")],
     out: Annotated[
@@ -97,7 +98,7 @@ def export(
     _say(f"wrote and verified {path}")
 
 
-@app.command()
+@app.command(epilog="Example: ardist sample --bundle bundles/sky --frames 128 --difference 5 --out sky.mp4")
 def sample(
     bundle: Annotated[Path, typer.Option(help="A bundle made by ardist export, with an AR-VAE inside.")],
     out: Annotated[Path, typer.Option(help="The mp4 to write; with several videos -0, -1, … is added to the name.")],
@@ -175,7 +176,7 @@ def sample(
         _say(f"wrote {path}")
 
 
-@app.command()
+@app.command(epilog="Example: ardist evaluate --bundle bundles/sky --dataset data/sky-held-out --out scores.json")
 def evaluate(
     bundle: Annotated[Path, typer.Option(help="A bundle made by ardist export.")],
     dataset: Annotated[str, typer.Option(help="Held-out dataset: pixels judge the AR-VAE, latents the denoiser.")],
@@ -193,7 +194,10 @@ def evaluate(
         write_scores(scores, out)
 
 
-@app.command()
+@app.command(
+    epilog="Examples: ardist schedule --frames 64 --difference 10 --window 16, or "
+    "ardist schedule --training --law fopp=0.9,synchronous=0.1"
+)
 def schedule(
     frames: Annotated[int, typer.Option(help="Frames F of the video, given ones included.", min=1)] = 16,
     steps: Annotated[int, typer.Option(help="Sampler steps S per frame; must divide TIMESTEPS.", min=1)] = 50,
@@ -232,7 +236,10 @@ def schedule(
     _say(f"drew {out}")
 
 
-@app.command(name="import-released")
+@app.command(
+    name="import-released",
+    epilog="Example: ardist import-released ckpt.pt --out bundles/released num_classes=101 --ar-vae bundles/ar-vae",
+)
 def import_released(
     checkpoint: Annotated[Path, typer.Argument(help="Published weights: .safetensors or a torch file.", exists=True)],
     out: Annotated[
@@ -254,7 +261,7 @@ def import_released(
     _say(f"wrote and verified {path}")
 
 
-@app.command()
+@app.command(epilog="Example: ardist report runs/denoiser")
 def report(run: Annotated[Path, typer.Argument(help="A run directory.")]) -> None:
     """Draw a run as one self-contained page: loss, throughput, loss by frame, events."""
     from ardist.report.run_report import write_run_report
