@@ -13,7 +13,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "storage"))
 
 from dt_videos import make_video
-from s3_servers import BUCKET, S3Server, ceph_missing, start_server
+from s3_servers import BUCKET, S3Server, server_kind, start_server
 
 from ardist import fault
 from ardist.events import events
@@ -60,8 +60,7 @@ def in_child() -> Callable[[Callable[[], Any], str], int]:
 @pytest.fixture(scope="session")
 def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
     """Ceph where it is installed, else moto; ARDIST_TEST_S3=moto|ceph decides otherwise."""
-    kind = os.environ.get("ARDIST_TEST_S3") or ("moto" if ceph_missing() else "ceph")
-    with start_server(kind, tmp_path_factory.mktemp("s3")) as server:
+    with start_server(server_kind()[0], tmp_path_factory.mktemp("s3")) as server:
         before = dict(os.environ)
         os.environ.update(server.environment())
         import boto3

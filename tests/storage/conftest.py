@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterator
 
 import pytest
-from s3_servers import BUCKET, FaultProxy, S3Server, ceph_missing, start_server
+from s3_servers import BUCKET, FaultProxy, S3Server, server_kind, start_server
 
 _numbers = itertools.count()
 
@@ -15,10 +15,7 @@ _numbers = itertools.count()
 @pytest.fixture(scope="session")
 def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
     """Ceph where it is installed, else moto; ARDIST_TEST_S3=moto|ceph decides otherwise."""
-    kind = os.environ.get("ARDIST_TEST_S3") or ("moto" if ceph_missing() else "ceph")
-    if kind == "ceph" and (why := ceph_missing()):
-        pytest.skip(f"no Ceph gateway: {why}")
-    with start_server(kind, tmp_path_factory.mktemp("s3")) as server:
+    with start_server(server_kind()[0], tmp_path_factory.mktemp("s3")) as server:
         before = dict(os.environ)
         os.environ.update(server.environment())
         import boto3

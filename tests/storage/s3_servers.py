@@ -13,6 +13,7 @@ import socket
 import struct
 import threading
 import time
+import urllib.parse
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -91,7 +92,8 @@ class FaultProxy:
 
     Faults: ``500``, ``503``, ``503/2`` (Retry-After 2), ``429``, ``403/Code``, ``reset``, ``short`` (half of the
     body, then the connection closes), ``stall`` (half of the body, then nothing), ``flip`` (one wrong byte),
-    ``noise`` (only wrong bytes), ``html`` (200 with a web page), ``norange`` (200 with the whole object), ``lost`` (done, but the answer is lost).
+    ``noise`` (only wrong bytes), ``html`` (200 with a web page), ``norange`` (200 with the whole object), ``lost``
+    (done, but the answer is lost).
     """
 
     target: str
@@ -141,8 +143,10 @@ class FaultProxy:
         if kind == "html":
             self._answer(request, 200, {"Content-Type": "text/html"}, b"<html>log in to the hotel network</html>")
             return
-        drop = {"connection", "range"} if kind == "norange" else {"connection"}
-        headers = {name: value for name, value in request.headers.items() if name.lower() not in drop}
+        if kind == "norange":
+            self._answer(request, 200, *self._whole_object(request.path))
+            return
+        headers = {name: value for name, value in request.headers.items() if name.lower() != "connection"}
         host = self.target.removeprefix("http://")
         connection = http.client.HTTPConnection(host, timeout=30)
         connection.request(request.command, request.path, body, headers)
@@ -171,6 +175,14 @@ class FaultProxy:
             if kind == "flip":
                 data = bytes([data[0] ^ 1]) + data[1:]
             self._answer(request, answer.status, kept, data)
+
+    def _whole_object(self, path: str) -> tuple[dict[str, str], bytes]:
+        """Headers and body of an object: a request of its own, as the range belongs to what the client signed."""
+        import boto3
+
+        bucket, _, key = urllib.parse.unquote(path).removeprefix("/").partition("/")
+        answer = boto3.client("s3", endpoint_url=self.target).get_object(Bucket=bucket, Key=key)
+        return {"ETag": answer["ETag"]}, answer["Body"].read()
 
     def _refuse(self, request: http.server.BaseHTTPRequestHandler, status: int, argument: str) -> None:
         headers = {"Content-Type": "application/xml"}

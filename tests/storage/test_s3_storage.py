@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import boto3
@@ -77,8 +78,9 @@ def test_odd_keys(storage: S3Storage, name: str) -> None:
 def test_list_goes_beyond_a_page_in_order(storage: S3Storage) -> None:
     client = s3_client.clients.get()
     names = sorted(f"k/{number * 7919 % 1050:05d}" for number in range(1050))
-    for name in names:
-        client.put_object(Bucket=BUCKET, Key=f"{storage._prefix}/{name}", Body=b"")
+    with ThreadPoolExecutor(16) as pool:
+        keys = [f"{storage._prefix}/{name}" for name in names]
+        list(pool.map(lambda key: client.put_object(Bucket=BUCKET, Key=key, Body=b""), keys))
     client.put_object(Bucket=BUCKET, Key=f"{storage._prefix}-other/x", Body=b"")
     assert list(storage.list()) == names
     assert list(storage.list("k/0000")) == names[:10]
