@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 
 from ardist.errors import choose
 from ardist.models.denoiser import Denoiser
+from ardist.models.denoiser.block import Block
 
 CHECKPOINTING = ("none", "selective", "full")
 
@@ -62,6 +63,7 @@ def parallelize(
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 32)
     compiled = functools.partial(torch.compile, backend=backend, fullgraph=True, dynamic=dynamic)
     for block in model.blocks:
+        assert isinstance(block, Block)
         whole: Callable[..., Any] = block.whole
         if activation_checkpointing == "selective":
             whole = functools.partial(checkpoint, whole, use_reentrant=False, context_fn=_keep_products)
@@ -71,7 +73,7 @@ def parallelize(
                 setattr(block, half, compiled(getattr(block, half)))
         if activation_checkpointing == "full":
             whole = functools.partial(checkpoint, whole, use_reentrant=False)
-        block.whole = whole
+        block.whole = whole  # type: ignore[method-assign]
     return model
 
 

@@ -8,9 +8,11 @@ import shutil
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 
+from ardist.diffusion import counter_rng
 from ardist.diffusion.counter_rng import (
     Purpose,
     _box_muller,
@@ -22,6 +24,7 @@ from ardist.diffusion.counter_rng import (
     scale_to_range,
     uniform,
 )
+from ardist.diffusion.philox_host import philox4x32_host
 from ardist.errors import InvalidValueError
 
 IDS = torch.tensor([0, 1, -1, 2**32, 0x0123456789ABCDEF])
@@ -43,6 +46,21 @@ ONES = 2**32 - 1
 def test_philox_known_answers_of_random123(counter, key, expected) -> None:
     words = philox4x32(tuple(torch.tensor(word) for word in counter), key)
     assert " ".join(f"{int(word):08x}" for word in words) == expected
+    on_host = philox4x32_host(tuple(np.array([word], dtype=np.uint64) for word in counter), key)
+    assert " ".join(f"{int(word):08x}" for word in on_host[0]) == expected
+
+
+@pytest.mark.parametrize(("count", "offset"), [(1, 0), (4, 0), (37, 5), (8, 3)])
+def test_small_draws_have_the_bits_of_large_ones(count: int, offset: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small draws on a CPU go through NumPy, all others through tensors."""
+    arguments = (0x7EDCBA9876543210, 0xABCDEF, IDS.repeat(3)[::3], 250, count)
+    small = random_bits(*arguments, offset=offset)
+    used = []
+    monkeypatch.setattr(counter_rng, "philox4x32_host", lambda *_: used.append(True))
+    monkeypatch.setattr(counter_rng, "HOST_BLOCKS", 0)
+    assert torch.equal(random_bits(*arguments, offset=offset), small)
+    assert small.dtype == torch.int64
+    assert not used
 
 
 def philox_in_python(counter: list[int], key: list[int]) -> list[int]:

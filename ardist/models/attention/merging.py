@@ -46,7 +46,8 @@ class _BlockCausal(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return (*backward(grad, *ctx.saved_tensors, ctx.layout, ctx.kernel), None, None)
+        q, k, v, out, lse = ctx.saved_tensors
+        return (*backward(grad, q, k, v, out, lse, ctx.layout, ctx.kernel), None, None)
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, layout: AttentionLayout, kernel: FlashKernel) -> tuple[Tensor, Tensor]:

@@ -98,8 +98,8 @@ def _attention_backward(
     if backend == "sdpa":
         return sdpa_cpu.backward(grad, q, k, v, out, lse, layout, sdpa.CHUNK_TOKENS_TRAINING)
     kernel = flash.KERNELS[flash.select(q.device.type, q.dtype, q.shape[-1])]
-    inputs = (x.transpose(1, 2) for x in (q, k, v))
-    dq, dk, dv = (x.contiguous() for x in merging.backward(grad, *inputs, out, lse, layout, kernel))
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    dq, dk, dv = (x.contiguous() for x in merging.backward(grad, q, k, v, out, lse, layout, kernel))
     return dq, dk, dv
 
 
