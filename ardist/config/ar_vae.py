@@ -116,9 +116,13 @@ class ARVAELossConfig(Section):
     vgg_path: str | None = Field(
         None, description="ImageNet weights of VGG16 as safetensors (keys features.0.weight …)"
     )
-    vgg_digest: str | None = Field(None, pattern=r"^[0-9a-f]{64}$", description="sha256 of that file")
+    vgg_digest: str | None = Field(
+        None, pattern=r"^[0-9a-f]{64}$", description="sha256 of that file; null: as in the .sha256 file beside it"
+    )
     lpips_path: str | None = Field(None, description="LPIPS v0.1 VGG heads as safetensors (keys lin0.model.1.weight …)")
-    lpips_digest: str | None = Field(None, pattern=r"^[0-9a-f]{64}$", description="sha256 of that file")
+    lpips_digest: str | None = Field(
+        None, pattern=r"^[0-9a-f]{64}$", description="sha256 of that file; null: as in the .sha256 file beside it"
+    )
     adversarial_weight: float = Field(0.0, ge=0, description="times the adaptive weight; 0: no discriminator")
     adversarial_start: int = Field(50_000, ge=0, description="first step (0-based) with a discriminator")
     discriminator_channels: int = Field(64, ge=1, description="channels of the discriminator's first layer")
@@ -129,7 +133,7 @@ class ARVAELossConfig(Section):
 
     @model_validator(mode="after")
     def _perceptual_has_its_weights(self) -> ARVAELossConfig:
-        needed = ("vgg_path", "vgg_digest", "lpips_path", "lpips_digest")
+        needed = ("vgg_path", "lpips_path")
         missing = [name for name in needed if getattr(self, name) is None]
         if self.perceptual == "lpips" and missing:
             raise ValueError(f"perceptual 'lpips' needs {', '.join(missing)}; or choose perceptual 'none'")

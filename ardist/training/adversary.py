@@ -2,8 +2,10 @@
 
 It is a small module with an AdamW of its own, whole on every rank in fp32, and no second DeepSpeed engine. At full
 size (2.8M parameters beside 641M) sharding its 44 MB would save each rank 0.4 % of what ZeRO-0 holds for the
-autoencoder, while its updates would depend on the stage; so all ranks hold it and average its gradients themselves,
-once per step, in the same reduction that brings the last layer's gradients together.
+autoencoder. And an engine refuses what is needed here: after a gradient at the frames was taken through its model,
+ZeRO-1 of DeepSpeed 0.19.8 ends its own backward pass with an IndexError in ``reduce_ipg_grads`` (tried with two ranks).
+So all ranks hold it and average its gradients themselves, once per step, in the same reduction that brings the last
+layer's gradients together.
 
 Both sides learn in every step, from one pass of the discriminator over the reconstructions. The adaptive weight is
 that of the step before: both norms are then of the whole global batch, and neither the number of ranks nor the

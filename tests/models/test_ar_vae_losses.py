@@ -22,7 +22,8 @@ from ardist.models.ar_vae.discriminator import (
     generator_hinge_loss,
 )
 from ardist.models.ar_vae.losses import AutoencoderLoss, reconstruction_loss
-from ardist.models.ar_vae.perceptual import LPIPS
+from ardist.models.ar_vae.perceptual import LPIPS, digest_file
+from ardist.models.ar_vae.perceptual_files import convert
 from ardist.models.ar_vae.pixel_decoder import last_layer_gradient
 
 CONVOLUTIONS = {
@@ -174,8 +175,36 @@ def test_lpips_weights_are_checked(published: tuple[dict[str, str], dict[str, Te
     other.write_bytes(b"no tensors")
     with pytest.raises(CheckpointError, match="no readable safetensors"):
         LPIPS.load(**{**arguments, "lpips_path": str(other), "lpips_digest": hashlib.sha256(b"no tensors").hexdigest()})
-    with pytest.raises(ValidationError, match="needs vgg_path, vgg_digest, lpips_path, lpips_digest; or choose"):
+    with pytest.raises(ValidationError, match="needs vgg_path, lpips_path; or choose"):
         ARVAELossConfig(perceptual="lpips")
+
+
+def test_published_files_are_converted_and_their_digests_kept(
+    published: tuple[dict[str, str], dict[str, Tensor]], tmp_path: Path
+) -> None:
+    arguments, tensors = published
+    vgg = {name: value for name, value in tensors.items() if not name.startswith("lin")}
+    heads = {name: value for name, value in tensors.items() if name.startswith("lin")}
+    torch.save(vgg, tmp_path / "vgg.pth")
+    torch.save(heads, tmp_path / "heads.pth")
+    made = convert(tmp_path / "vgg.pth", tmp_path / "heads.pth", tmp_path / "out")
+    loss = AutoencoderLoss(ARVAELossConfig(perceptual="lpips", vgg_path=str(made[0]), lpips_path=str(made[1])))
+    assert loss.lpips is not None
+    first, second = (frames(seed)[0] * 2 - 1 for seed in (1, 2))
+    torch.testing.assert_close(loss.lpips(first, second), LPIPS.load(**arguments)(first, second))
+    damaged = bytearray(made[0].read_bytes())
+    damaged[-1] ^= 1
+    made[0].write_bytes(damaged)
+    with pytest.raises(CheckpointError, match="another or a damaged file"):
+        LPIPS.load(made[0], None, made[1], None)
+    digest_file(made[0]).unlink()
+    with pytest.raises(CheckpointError, match=r"cannot read .*vgg16.safetensors.sha256.*perceptual_files"):
+        LPIPS.load(made[0], None, made[1], None)
+    with pytest.raises(CheckpointError, match="holds no tensor features"):
+        convert(tmp_path / "heads.pth", tmp_path / "heads.pth", tmp_path / "out")
+    (tmp_path / "text.pth").write_text("no weights")
+    with pytest.raises(CheckpointError, match=r"cannot read the weights .*text.pth"):
+        convert(tmp_path / "text.pth", tmp_path / "heads.pth", tmp_path / "out")
 
 
 def test_discriminator_shape_and_size() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import psutil
 import pytest
 import torch
 from torch import Tensor
@@ -46,7 +47,7 @@ def test_causal_to_the_last_bit(changed: int, positions: str) -> None:
 def test_training_pass_is_causal_too() -> None:
     model = temporal_model()
     latents = some_latents().requires_grad_()
-    pixels = model._pixels(latents, (32, 32), model.new_cache())
+    pixels, _ = model._pixels(latents, (32, 32), model.new_cache())
     (gradient,) = torch.autograd.grad(pixels[:, 2].sum(), latents)
     per_frame = gradient.abs().amax(dim=(0, 2, 3))
     assert (per_frame[:3] > 0).all()
@@ -129,6 +130,27 @@ def test_memory_of_a_stream_is_constant_with_a_window() -> None:
     held = [part.keys for layer in cache.layers for part in layer]
     # Copies, not views that keep older frames alive.
     assert all(keys.untyped_storage().nbytes() == keys.numel() * keys.element_size() for keys in held)
+
+
+@torch.no_grad()
+def test_a_long_stream_needs_no_more_memory_than_a_short_one() -> None:
+    """512 frames one by one: what is kept stays at three frames, and the process does not grow."""
+    model = temporal_model(temporal_window=4)
+    piece, cache, process = some_latents(1, batch=1), model.new_cache(), psutil.Process()
+    kept, resident = [], []
+    for _ in range(512):
+        (frame,) = model.decode_stream([piece], cache=cache)
+        assert frame.shape == (1, 1, 3, 32, 32)
+        kept.append(cache.num_bytes())
+        resident.append(process.memory_info().rss)
+    assert len(set(kept[2:])) == 1
+    assert cache.frames_seen == 512
+    # Without a window the same stream would keep 128 times as much.
+    unbounded = temporal_model(temporal_window=None)
+    endless = unbounded.new_cache()
+    unbounded.decode(some_latents(16, batch=1), cache=endless)
+    assert endless.num_bytes() == kept[-1] * 16 // 3
+    assert max(resident[100:]) - resident[100] < 8 * 2**20
 
 
 @torch.no_grad()

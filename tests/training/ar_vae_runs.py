@@ -36,7 +36,7 @@ def write_clips(directory: Path, samples: int = 32, frames: int = 3, size: int =
         for number in range(shard * samples // 4, (shard + 1) * samples // 4):
             clip = np.full((frames, size, size, 3), generator.integers(20, 90), np.uint8)
             colour = generator.integers(150, 255, size=3)
-            y, x = generator.integers(0, size - 8, size=2)
+            y, x = generator.integers(0, size - 7, size=2)
             for frame in range(frames):
                 clip[frame, y + frame % 2 : y + 6 + frame % 2, x + frame % 3 : x + 6 + frame % 3] = colour
             info = SampleInfo(source=f"clip-{number}.mp4", frames=frames)

@@ -37,9 +37,7 @@ def ssim(reconstructed: Shaped[Tensor, "..."], clips: Shaped[Tensor, "..."]) -> 
     return torch.stack([_ssim(given, true) for given, true in zip(reconstructed, clips, strict=True)])
 
 
-def temporal_flicker(
-    reconstructed: Shaped[Tensor, "..."], clips: Shaped[Tensor, "..."]
-) -> Float64[Tensor, " b"]:
+def temporal_flicker(reconstructed: Shaped[Tensor, "..."], clips: Shaped[Tensor, "..."]) -> Float64[Tensor, " b"]:
     """Mean absolute difference between the frame-to-frame change of the reconstruction and that of the clip.
 
     0 for a perfect reconstruction, for one whose error stands still, and for clips of one frame; in units of the value

@@ -38,9 +38,10 @@ class AutoencoderLoss(nn.Module):
         self.config = config
         self.lpips: LPIPS | None = None
         if config.perceptual == "lpips":
-            given = (config.vgg_path, config.vgg_digest, config.lpips_path, config.lpips_digest)
-            # The configuration refuses lpips without all four.
-            self.lpips = LPIPS.load(*(part or "" for part in given))
+            # The configuration refuses lpips without both paths.
+            self.lpips = LPIPS.load(
+                config.vgg_path or "", config.vgg_digest, config.lpips_path or "", config.lpips_digest
+            )
 
     def distance(
         self, reconstruction: Float[Tensor, "b f 3 h w"], frames: Float[Tensor, "b f 3 h w"]

@@ -1,8 +1,9 @@
 """LPIPS on VGG16 features, built here and filled from published weights on disk.
 
 Method: Zhang et al., "The Unreasonable Effectiveness of Deep Features as a Perceptual Metric" (2018), version 0.1,
-VGG. The weights are not part of this package: convert the published ``vgg16`` (ImageNet) state dict and the LPIPS
-linear heads to safetensors once, keeping their key names, and give paths and sha256 digests in the configuration.
+VGG. The weights are not part of this package: `ardist.models.ar_vae.perceptual_files` converts the published ``vgg16``
+(ImageNet) state dict and the LPIPS linear heads to safetensors once. Give their paths in the configuration; the sha256
+of each is given there too, or stands in a file ``….safetensors.sha256`` beside it, as sha256sum writes it.
 """
 
 from __future__ import annotations
@@ -30,8 +31,8 @@ SMALLEST = 16
 """Pixels a side; less is nothing after four poolings."""
 
 ADVICE = (
-    "convert the published VGG16 and LPIPS (v0.1, vgg) weights to safetensors and set ar_vae_loss.vgg_path, "
-    "vgg_digest, lpips_path and lpips_digest, or train with perceptual: none"
+    "convert the published VGG16 and LPIPS (v0.1, vgg) weights with python -m ardist.models.ar_vae.perceptual_files "
+    "and set ar_vae_loss.vgg_path and lpips_path, or train with perceptual: none"
 )
 
 
@@ -58,8 +59,13 @@ class LPIPS(nn.Module):
         self.requires_grad_(False).eval()
 
     @classmethod
-    def load(cls, vgg_path: Path | str, vgg_digest: str, lpips_path: Path | str, lpips_digest: str) -> LPIPS:
-        """Build from two safetensors files; raises `CheckpointError` for missing, other or damaged ones."""
+    def load(
+        cls, vgg_path: Path | str, vgg_digest: str | None, lpips_path: Path | str, lpips_digest: str | None
+    ) -> LPIPS:
+        """Build from two safetensors files; raises `CheckpointError` for missing, other or damaged ones.
+
+        Without a digest that of the ``.sha256`` file beside the weights is taken.
+        """
         vgg, heads = _read(Path(vgg_path), vgg_digest), _read(Path(lpips_path), lpips_digest)
         with torch.device("meta"):
             model = cls()
@@ -112,13 +118,21 @@ class LPIPS(nn.Module):
         return distance
 
 
-def _read(path: Path, digest: str) -> dict[str, Tensor]:
+def digest_file(path: Path) -> Path:
+    """Where the sha256 of a weights file stands, in the form of sha256sum."""
+    return path.with_name(f"{path.name}.sha256")
+
+
+def _read(path: Path, digest: str | None) -> dict[str, Tensor]:
     path = path.expanduser()
     try:
+        if digest is None:
+            digest = (digest_file(path).read_text(encoding="utf-8").split() or [""])[0]
         with open(path, "rb") as file:
             found = hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
-        raise CheckpointError(f"no perceptual weights: cannot read {str(path)!r}: {error.strerror}; {ADVICE}") from None
+        name = error.filename or str(path)
+        raise CheckpointError(f"no perceptual weights: cannot read {str(name)!r}: {error.strerror}; {ADVICE}") from None
     if found != digest:
         raise CheckpointError(
             f"{str(path)!r} has sha256 {found}, expected {digest}: another or a damaged file; {ADVICE}"

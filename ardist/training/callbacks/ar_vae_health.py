@@ -37,6 +37,6 @@ class DiscriminatorSkips(Callback):
         if trainer.adversary is None or not (due or trainer.stopping):
             return
         now = int(trainer.adversary.skipped_alone)
-        for _ in range(now - self._known):
+        for _ in range(now - self._known if trainer.world.is_main else 0):  # equal on all ranks
             events.count("training.skipped_discriminator_step", up_to_step=trainer.step)
         self._known = now

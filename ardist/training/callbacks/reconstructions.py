@@ -83,13 +83,14 @@ class Reconstructions(Callback):
         try:
             path.parent.mkdir(exist_ok=True)
             contact_sheet(rows, path, max_columns=COLUMNS, cell=CELL)
-            media = {"reconstruction": str(path)}
+            files = {"frames": path}
             if made.shape[1] > 1:
                 video = path.with_suffix(".mp4")
                 sides = [np.concatenate(pair, axis=2) for pair in pairs]
                 write_mp4(video, np.concatenate(sides, axis=1), FPS)
-                media["reconstruction_video"] = str(video)
+                files["video"] = video
         except (OSError, ArdistError) as error:
             events.count("reconstructions.failed", step=trainer.step, reason=error)
             return
+        media = {name: str(file.relative_to(trainer.run.path)) for name, file in files.items()}
         trainer.records.write({"kind": "reconstruction", "step": trainer.step, "media": media})

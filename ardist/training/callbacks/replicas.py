@@ -20,6 +20,8 @@ class ReplicaCheck(Callback):
         every = trainer.config.debug.replica_check_every
         if every and trainer.step % every == 0 and trainer.config.training.zero_stage < 3:
             sums = checksums(trainer.engine.module)
+            if trainer.adversary is not None:
+                sums += checksums(trainer.adversary.model)
             everyone = trainer.world.all_gather(sums)
             usual = max(everyone, key=everyone.count)
             odd = [rank for rank, theirs in enumerate(everyone) if theirs != usual]
