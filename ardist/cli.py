@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -276,7 +277,12 @@ def _say(text: str) -> None:
 
 def main() -> None:
     """Entry point of the console script."""
-    raise SystemExit(command_line.run(app, "ardist"))
+    code = command_line.run(app, "ardist")
+    if "deepspeed" in sys.modules:
+        from ardist.training import distributed
+
+        distributed.leave(code)  # a process that trained ends like a rank of the launcher
+    raise SystemExit(code)
 
 
 if __name__ == "__main__":

@@ -41,13 +41,20 @@ def parse(text: str) -> list[Fault]:
     faults = []
     for part in filter(None, (piece.strip() for piece in text.split(";"))):
         match = _SYNTAX.match(part)
-        if match is None or match["kind"] not in KINDS:
+        if match is None or match["kind"] not in KINDS or not _fits(match["kind"], match["argument"]):
             raise ValueError(
-                f"{VARIABLE}: cannot read {part!r}; expected kind@point[/rank][#visit][:argument] with kind in {KINDS}"
+                f"{VARIABLE}: cannot read {part!r}; expected kind@point[/rank][#visit][:argument] with kind in "
+                f"{KINDS}, a number as argument of raise, exit and sleep, any text as that of value"
             )
         number = {name: int(match[name]) if match[name] else None for name in ("rank", "visit")}
         faults.append(Fault(match["kind"], match["point"], number["rank"], number["visit"], match["argument"]))
     return faults
+
+
+def _fits(kind: str, argument: str | None) -> bool:
+    if argument is None or kind not in ("raise", "exit", "sleep"):
+        return True
+    return re.fullmatch(r"\d+" if kind != "sleep" else r"\d+(\.\d*)?|\.\d+", argument) is not None
 
 
 def point(name: str) -> str | None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from ardist.errors import DataError
 from ardist.report.ar_vae import add_ar_vae
 from ardist.report.curves import draw_curves
+from ardist.report.denoiser import add_denoiser
 from ardist.report.html import Page
 from ardist.report.metrics import Record, read_metrics, series
 
@@ -34,6 +35,7 @@ def write_run_report(run_dir: Path) -> Path:
             draw_curves(figure, drawn, x_label="optimiser step", y_label=name)
             page.picture(figure, title)
     _loss_by_frame(records, figures, page)
+    add_denoiser(records, run_dir, figures, page)
     add_ar_vae(records, run_dir, figures, page)
     _summary(run_dir, page)
     out = run_dir / "report.html"

@@ -53,6 +53,54 @@ def _non_finite(value: Any) -> Iterator[float]:
         yield value
 
 
+class _Watched(dict[str, Any]):
+    """A mapping that remembers which of its keys were asked for, and so do the mappings in it."""
+
+    def __init__(self, values: Mapping[str, Any]) -> None:
+        super().__init__({k: _Watched(v) if isinstance(v, Mapping) else v for k, v in values.items()})
+        self.asked: set[str] = set()
+
+    def get(self, key: Any, default: Any = None) -> Any:
+        self.asked.add(key)
+        return super().get(key, default)
+
+    def __getitem__(self, key: str) -> Any:
+        self.asked.add(key)
+        return super().__getitem__(key)
+
+    def __contains__(self, key: object) -> bool:
+        self.asked.add(str(key))
+        return super().__contains__(key)
+
+
+def nested_problems(overrides: Mapping[str, Any]) -> Iterator[str]:
+    """Settings within a section that DeepSpeed refuses, or would pass over without a word.
+
+    DeepSpeed's own reading of a configuration is watched: it takes some sections whole and checks them itself, of the
+    others it asks for the settings it knows by their names.
+    """
+    from deepspeed.runtime.config import DeepSpeedConfig
+    from pydantic import ValidationError
+
+    for section, values in overrides.items():
+        if not isinstance(values, Mapping) or section not in KNOWN_KEYS:
+            continue
+        watched = _Watched({"train_batch_size": 1, section: values})
+        try:
+            # The constructor wants a process group; the part that reads the settings does not.
+            DeepSpeedConfig._initialize_params(object.__new__(DeepSpeedConfig), watched)
+        except ValidationError as error:
+            for details in error.errors():
+                place = ".".join(map(str, (section, *details["loc"])))
+                yield f"deepspeed.{place}: {details['msg']}"
+        except (ValueError, TypeError, KeyError, AssertionError, NotImplementedError) as error:
+            yield f"deepspeed.{section}: DeepSpeed refuses it: {error}"
+        asked = dict.__getitem__(watched, section).asked
+        for name in values if asked else ():
+            if name not in asked:
+                yield f"deepspeed.{section}.{name}: DeepSpeed has no such setting{did_you_mean(name, sorted(asked))}"
+
+
 def override_problems(overrides: Mapping[str, Any]) -> Iterator[str]:
     """Why the overrides of ``config.deepspeed`` cannot be used, one line each."""
     zero = overrides.get("zero_optimization", {})
@@ -66,3 +114,5 @@ def override_problems(overrides: Mapping[str, Any]) -> Iterator[str]:
             yield f"deepspeed.{key}: this is derived from {OWN_KEYS[key]}; set that instead"
         elif "." not in key and key not in KNOWN_KEYS:
             yield f"deepspeed.{key}: DeepSpeed has no such setting{did_you_mean(key, sorted(KNOWN_KEYS))}"
+    if overrides:
+        yield from nested_problems(overrides)

@@ -187,6 +187,22 @@ class Fragments:
             self._share_owned_slices()
         self.refresh_working_weights()
 
+    @torch.no_grad()
+    def whole(self, stretches: list[torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
+        """Every trained parameter whole, one after another, from tensors laid out like the owned runs (collective)."""
+        mine: dict[str, list[tuple[int, torch.Tensor]]] = {name: [] for name in self.shapes}
+        for run, stretch in zip(self.owned, stretches, strict=True):
+            for fragment in run.fragments:
+                piece = stretch.narrow(0, fragment.offset, fragment.length)
+                mine[fragment.name].append((fragment.start, piece))
+        for name, shape in self.shapes.items():
+            full = torch.zeros(math.prod(shape), device=self.world.device)
+            for start, piece in mine[name]:
+                full[start : start + len(piece)] = piece
+            if self.world.size > 1:
+                dist.all_reduce(full)  # the ranks' pieces do not overlap, so the sum of them is exact
+            yield name, full.view(shape)
+
     def _share_owned_slices(self) -> None:
         """Stage 0: every rank takes the other ranks' slices (they tile the parameters, so a sum of zeros is exact)."""
         owned = {id(run.key): run for run in self.owned}

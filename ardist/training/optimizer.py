@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import math
+import shutil
+from subprocess import SubprocessError
 from typing import Any
 
 import torch
 from torch import nn
 
+from ardist import fault
 from ardist.config.training import OptimizerConfig
+from ardist.errors import HardwareError
 
 _NORMS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.modules.batchnorm._BatchNorm)
 
@@ -40,11 +44,33 @@ def build_optimizer(module: nn.Module, config: OptimizerConfig, *, offload: bool
     groups = parameter_groups(module, config.weight_decay)
     settings: dict[str, Any] = {"lr": config.lr, "betas": config.betas, "eps": config.eps}
     if offload:
-        from deepspeed.ops.adam import DeepSpeedCPUAdam
-
-        cpu_adam: torch.optim.Optimizer = DeepSpeedCPUAdam(groups, adamw_mode=True, **settings)
-        return cpu_adam
+        return _cpu_adam(groups, settings)
     return torch.optim.AdamW(groups, fused=True, **settings)
+
+
+def _cpu_adam(groups: list[dict[str, Any]], settings: dict[str, Any]) -> torch.optim.Optimizer:
+    """DeepSpeed's Adam on the host, which it compiles at first use on a machine."""
+    from deepspeed.ops.adam import DeepSpeedCPUAdam
+
+    try:
+        fault.point("optimizer.build")
+        optimizer: torch.optim.Optimizer = DeepSpeedCPUAdam(groups, adamw_mode=True, **settings)
+    except (RuntimeError, OSError, ImportError, SubprocessError) as error:
+        first = next(iter(str(error).splitlines()), "")
+        raise HardwareError(
+            f"training.offload: DeepSpeed's Adam for the CPU could not be built on this machine: "
+            f"{type(error).__name__}: {first}. Install a C++ compiler and ninja, or set training.offload: none"
+        ) from error
+    return optimizer
+
+
+def build_problem() -> str | None:
+    """Why an optimiser on the host cannot be built here, as far as that shows without trying; else None."""
+    from torch.utils.cpp_extension import get_cxx_compiler, is_ninja_available
+
+    missing = [] if is_ninja_available() else ["ninja"]
+    missing += [] if shutil.which(get_cxx_compiler()) else [f"a C++ compiler ({get_cxx_compiler()})"]
+    return " and ".join(missing) or None
 
 
 def learning_rate(config: OptimizerConfig, step: int, total_steps: int) -> float:

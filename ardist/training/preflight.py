@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+from ardist import fault
 from ardist.config import TrainConfig, batch_layout
 from ardist.data.manifest import Manifest, load_manifest
 from ardist.data.order import check_layout
 from ardist.errors import ArdistError, CheckpointError, ConfigError, DataError
 from ardist.events import events
 from ardist.storage import is_remote
+from ardist.training.callbacks.sampled_videos import samples_problems
 from ardist.training.commit import Commit
 from ardist.training.dataset import TrainingSet, paths, shares
 from ardist.training.deepspeed_overrides import override_problems
 from ardist.training.distributed import environment, uses_gpu
 from ardist.training.object_store import open_store
+from ardist.training.optimizer import build_problem
 
 _log = logging.getLogger("ardist.training")
 
@@ -32,6 +36,10 @@ def check_run(config: TrainConfig, world_size: int, checkpoints: Path) -> Traini
 
     Raises `ConfigError` or, when only data is at fault, `DataError`, with every problem in one message.
     """
+    try:
+        fault.parse(os.environ.get(fault.VARIABLE, ""))
+    except ValueError as error:  # alone: whatever is looked at next may hold a fault point
+        raise ConfigError(str(error)) from None
     problems: list[str] = []
     data_problems: list[str] = []
     manifests = {path: _manifest(path, data_problems) for path in paths(config.data)}
@@ -48,6 +56,7 @@ def check_run(config: TrainConfig, world_size: int, checkpoints: Path) -> Traini
     complete = tuple(manifest for manifest in manifests.values() if manifest is not None)
     data = TrainingSet(complete, shares(config.data)) if len(complete) == len(manifests) else None
     problems += _autoencoder_problems(manifests, held_out)
+    problems += samples_problems(config, complete)
     problems += _checkpoint_problems(config, data, checkpoints)
     everything = problems + data_problems
     if data is not None and not everything:
@@ -89,6 +98,8 @@ def _machine_problems(config: TrainConfig) -> Iterator[str]:
     training = config.training
     if "://" in config.run_dir:
         yield f"run_dir: {config.run_dir!r} is no folder; legal: a folder that every machine of the run sees"
+    if training.offload != "none" and (missing := build_problem()):
+        yield f"training.offload: {training.offload} compiles DeepSpeed's Adam here, which needs {missing}; legal: none"
     if not uses_gpu() and training.precision == "fp16":
         yield "training.precision: fp16 needs a GPU; legal on a CPU: bf16, fp32"
     if training.compile and config.task == "ar_vae":

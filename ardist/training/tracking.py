@@ -128,8 +128,11 @@ def _open_wandb(config: TrainConfig, run_dir: Path) -> tuple[Sink, Callable[[], 
         events.count("tracking.offline", tracker="wandb", reason=f"{type(error).__name__}: {error}")
         run = wandb.init(mode="offline", settings=settings, **arguments)
 
+    kinds = {".mp4": wandb.Video, ".png": wandb.Image}
+
     def write(record: dict[str, Any]) -> None:
-        run.log(_scalars(record), step=int(record["step"]))
+        shown = {name: kinds[path.suffix](str(path)) for name, path in _media(record, run_dir) if path.suffix in kinds}
+        run.log({**_scalars(record), **shown}, step=int(record["step"]))
 
     return write, run.finish
 
@@ -150,6 +153,12 @@ def _open_tensorboard(run_dir: Path) -> tuple[Sink, Callable[[], None]]:
             writer.add_scalar(name, value, int(record["step"]))
 
     return write, writer.close
+
+
+def _media(record: dict[str, Any], run_dir: Path) -> list[tuple[str, Path]]:
+    """Names and files of a record's pictures and videos, those that this machine sees."""
+    named = {f"{record['kind']}/{name}": run_dir / path for name, path in record.get("media", {}).items()}
+    return [(name, path) for name, path in named.items() if path.is_file()]
 
 
 def _scalars(record: dict[str, Any]) -> dict[str, float]:

@@ -24,6 +24,7 @@ from ardist.training.callbacks.numerics import SkippedSteps
 from ardist.training.callbacks.profiler import Profiler
 from ardist.training.callbacks.progress import ProgressBar
 from ardist.training.callbacks.replicas import ReplicaCheck
+from ardist.training.callbacks.sampled_videos import SampledVideos
 from ardist.training.callbacks.samples import SampleLog
 from ardist.training.callbacks.validation import Validation
 from ardist.training.checkpoint import CheckpointWriter
@@ -207,7 +208,7 @@ class Trainer:
         for micro_batch in cut(self.objective.prepare(self.to_device(batch)), self.engine.micro_batch_size):
             loss, metrics = self.objective.loss(self.engine, micro_batch)
             if (factor := fault.point("trainer.loss")) is not None:
-                loss = loss * float(factor)
+                loss = loss * float(factor or "nan")
             self.engine.backward(loss)
             self.window.add(loss, metrics)
             self.losses.append(loss.detach())
@@ -257,6 +258,7 @@ def built_in_callbacks(config: TrainConfig) -> list[Callback]:
         (True, MetricsLog()),
         (True, ProgressBar()),
         (config.validation.path is not None, Validation()),
+        (config.samples.every is not None, SampledVideos()),
         (config.debug.profile_step is not None, Profiler()),
         (True, Checkpoints()),
     ]

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
 from ardist.errors import DataError
 from ardist.report.curves import draw_curves
+from ardist.report.denoiser import draw_loss_map
 from ardist.report.html import Page
 from ardist.report.metrics import read_metrics, series
 from ardist.report.run_report import write_run_report
@@ -70,3 +73,34 @@ def test_run_report_names_events_and_draws_frames(tmp_path: Path) -> None:
     text = write_run_report(tmp_path).read_text(encoding="utf-8")
     assert "loader.substitution" in text
     assert (tmp_path / "figures" / "loss-by-frame.png").exists()
+
+
+def test_the_loss_map_and_the_newest_samples_are_shown(tmp_path: Path) -> None:
+    table: list[list[float | None]] = [[0.1, 0.2, None], [0.3, None, 0.9]]
+    records: list[dict[str, object]] = [
+        {"step": 4, "kind": "validation", "loss": 1.0, "loss_per_frame_and_timestep": table},
+    ]
+    for step in (4, 8):
+        media = {}
+        for name in ("s00-video-00", "s05-video-00", "s05-video-01"):
+            path = tmp_path / "samples" / f"{name}-{step}.mp4"
+            path.parent.mkdir(exist_ok=True)
+            path.write_bytes(f"{name} at {step}".encode())
+            media[name] = str(path.relative_to(tmp_path))
+        records.append({"step": step, "kind": "samples", "videos": 3, "media": media})
+    (tmp_path / "samples" / "s05-video-01-8.mp4").unlink()
+    write_metrics(tmp_path, records)
+    text = write_run_report(tmp_path).read_text(encoding="utf-8")
+    videos = [base64.b64decode(found).decode() for found in re.findall(r"data:video/mp4;base64,([^\"]+)", text)]
+    assert videos == ["s00-video-00 at 8", "s05-video-00 at 8"], "the newest, and only what is there"
+    assert "s = 0, all frames together" in text
+    assert "s = 5" in text
+    image = np.asarray(Image.open(tmp_path / "figures" / "loss-map.png").convert("RGB"))
+    assert len(np.unique(image.reshape(-1, 3), axis=0)) > 4, "four values, white and the axes"
+
+
+def test_a_missing_value_of_the_loss_map_is_white(tmp_path: Path) -> None:
+    draw_loss_map(tmp_path / "full.png", [[1.0, 2.0]])
+    draw_loss_map(tmp_path / "half.png", [[1.0, None]])
+    full, half = (np.asarray(Image.open(tmp_path / name).convert("L")) for name in ("full.png", "half.png"))
+    assert (half > 250).mean() > (full > 250).mean() + 0.2

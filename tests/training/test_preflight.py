@@ -17,7 +17,7 @@ from ardist.errors import ArdistError, ConfigError, DataError
 from ardist.events import events
 from ardist.training import commit as commits
 from ardist.training.commit import Commit
-from ardist.training.deepspeed_overrides import KNOWN_KEYS
+from ardist.training.deepspeed_overrides import KNOWN_KEYS, override_problems
 from ardist.training.main import main
 from ardist.training.preflight import check_run
 from ardist.training.trainer import train
@@ -64,6 +64,10 @@ def problems(config: TrainConfig, ranks: int, monkeypatch: pytest.MonkeyPatch) -
         ({"deepspeed__zero_optimization__offload_param": {}}, 1, ["offload_param: ", "training.offload;"]),
         ({"deepspeed__zero_optimization": True}, 1, ["deepspeed.zero_optimization: a mapping", "not True"]),
         ({"deepspeed__timers": {"a": [{"b": float("nan")}]}}, 1, ["deepspeed.timers: nan is not a finite number"]),
+        ({"deepspeed__torch_autocast": {"enabled": True, "dtyp": "bfloat16"}}, 1, ["torch_autocast.dtyp", "'dtype'?"]),
+        ({"deepspeed__zero_optimization__overlap_com": True}, 1, ["zero_optimization.overlap_com: Extra inputs"]),
+        ({"deepspeed__zero_optimization__compute_grad_norm": False}, 1, ["derived from training.guard"]),
+        ({"deepspeed__comms_logger": {"enabled": "perhaps"}}, 1, ["comms_logger.enabled: Input should be a valid"]),
         ({"deepspeed__wall_clock_brekdown": True}, 1, ["no such setting (did you mean 'wall_clock_breakdown'?)"]),
     ],
 )
@@ -98,6 +102,27 @@ def test_the_known_settings_are_those_that_deepspeed_reads() -> None:
     DeepSpeedConfig._initialize_params(object.__new__(DeepSpeedConfig), Recorder(train_batch_size=1))
     assert len(read) > 20
     assert read <= KNOWN_KEYS
+
+
+def test_settings_that_deepspeed_knows_pass() -> None:
+    known = {
+        "zero_optimization": {"reduce_bucket_size": 7, "overlap_comm": True},
+        "torch_autocast": {"enabled": True, "dtype": "bfloat16", "lower_precision_safe_modules": ["torch.nn.Linear"]},
+        "flops_profiler": {"enabled": True, "profile_step": 3},
+        "wall_clock_breakdown": True,
+        "comms_logger": {"enabled": True},
+    }
+    assert list(override_problems(known)) == []
+
+
+@pytest.mark.parametrize("text", ["kil@trainer.loss", "kill@", "raise@trainer.metrics:EIO"])
+def test_a_malformed_fault_is_refused_by_name(
+    tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch, text: str
+) -> None:
+    monkeypatch.setenv("ARDIST_FAULT", text)
+    message = problems(tiny_config(tmp_path / "run", data), 1, monkeypatch)
+    assert message.startswith("ConfigError: ")
+    assert f"ARDIST_FAULT: cannot read {text!r}" in message
 
 
 def test_a_run_directory_is_a_folder(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
