@@ -94,7 +94,7 @@ class Agent:
         self._say(
             {
                 "hello": socket.gethostname(), "code": code_digest(), "config": digest, "problem": problem,
-                "gpus": count_gpus(), "free_port": free_port(),
+                "gpus": count_gpus(), "free_port": free_port(), "time": time.time(),
             }
         )  # fmt: skip
 

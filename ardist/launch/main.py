@@ -10,7 +10,7 @@ from ardist import log
 from ardist.config import TrainConfig, batch_layout, load_config
 from ardist.errors import ArdistError, ConfigError, InvalidValueError
 from ardist.launch.cluster import Cluster, Order, run_directory, start_alone
-from ardist.launch.engines import ENGINES, Host, Placement
+from ardist.launch.engines import ENGINES, MODULE, Host, Placement
 from ardist.launch.hosts import is_here, read_hostfile
 from ardist.launch.local import count_gpus
 from ardist.launch.nodes import Node
@@ -43,25 +43,25 @@ def parser() -> argparse.ArgumentParser:
     return words
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a job to its end and return its exit code."""
+def main(arguments: Sequence[str] | None = None, module: str = MODULE) -> int:
+    """Run a job to its end and return its exit code; `module` is the program of a rank."""
     options = parser().parse_intermixed_args(arguments)
     log.configure(level="DEBUG" if options.debug else "INFO")
     try:
-        return run(options)
+        return run(options, module)
     except ArdistError as error:
         print(f"train.sh: {error}", file=sys.stderr)
         return error.exit_code
 
 
-def run(options: argparse.Namespace) -> int:
+def run(options: argparse.Namespace, module: str = MODULE) -> int:
     """Check the options and the configuration before anything is started, then supervise."""
     if options.ranks is not None and options.ranks < 1:
         raise InvalidValueError(f"--ranks {options.ranks} is out of range; legal: 1 and more")
     if options.master_port is not None and not 1 <= options.master_port <= 65535:
         raise InvalidValueError(f"--master-port {options.master_port} is out of range; legal: 1 to 65535")
     config = load_config(TrainConfig, options.config, options.overrides)
-    order = Order(config, options.config, tuple(options.overrides), options.launcher, debug=options.debug)
+    order = Order(config, options.config, tuple(options.overrides), options.launcher, module, options.debug)
     starter = _starter(options, order)
     return Supervisor(config.launch, run_directory(config), starter).run()
 

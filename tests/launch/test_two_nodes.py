@@ -41,7 +41,8 @@ def start(
         yaml.safe_dump(settings(directory / "run", directory, training__steps=steps, launch={**quick, **limits}))
     )
     hostfile.write_text(hosts)
-    words = [*pair.inside(0), sys.executable, str(HERE / "job_program.py"), str(hostfile), str(config), *overrides]
+    words = [*pair.inside(0), sys.executable, str(HERE / "job_program.py"), "--hostfile", str(hostfile)]
+    words += [str(config), *overrides]
     environment = {**os.environ, "PATH": pair.path, "PYTHONPATH": str(HERE), "ARDIST_TOKEN": "a b'c"}
     return subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
 

@@ -49,6 +49,7 @@ def main() -> int:
     heartbeat.start_from_environment()
     saved = directory / "saved"
     step = int(saved.read_text()) if saved.exists() else 0
+    first = step
     heartbeat.resumed(step)
     while step < steps:
         fault = directory / f"fault-{rank}"
@@ -66,9 +67,9 @@ def main() -> int:
             time.sleep(seconds)
         heartbeat.stepped(step)
         announced = directory / "stop-after"
-        if stop and not announced.exists():
+        if stop and read(announced) <= first:
             announced.write_text(str(step + 2))
-        leaving = announced.exists() and step >= read(announced) > 0
+        leaving = step >= read(announced) > first
         if rank == 0:
             with open(directory / "history", "a") as file:
                 file.write(f"{step}\n")

@@ -1,0 +1,133 @@
+"""launchers/slurm/train.sbatch under a queue that behaves as Slurm's: directives, signals, requeue, the same job id."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from tiny import settings
+
+HERE = Path(__file__).parent
+ROOT = HERE.parents[1]
+SCRIPT = ROOT / "launchers" / "slurm" / "train.sbatch"
+
+QUEUE = f"""#!{sys.executable}
+# sbatch: runs a script now, in the foreground, again whenever it was requeued.
+import os, pathlib, re, signal, subprocess, sys, threading, time
+script, words = sys.argv[1], sys.argv[2:]
+options = dict(re.findall(r"^#SBATCH --([a-z-]+)(?:=(.*))?$", pathlib.Path(script).read_text(), re.M))
+shell, name, before = re.fullmatch(r"(B:)?(\\w+)@(\\d+)", options["signal"]).groups()
+state = pathlib.Path(os.environ["QUEUE"])
+limits = [float(text) for text in os.environ["LIMITS"].split()]
+for count in range(9):
+    environment = {{**os.environ, "SLURM_JOB_ID": "4711", "SLURM_JOB_NODELIST": "node[0-1]",
+        "SLURM_SUBMIT_DIR": os.getcwd(), "SLURM_RESTART_COUNT": str(count), "SLURM_GPUS_ON_NODE": "1"}}
+    copy = state / "spooled-script"  # Slurm runs a copy, never the file itself
+    copy.write_bytes(pathlib.Path(script).read_bytes()); copy.chmod(0o755)
+    job = subprocess.Popen([str(copy), *words], env=environment, start_new_session=True)
+    def end(limit):
+        if limit < 0:  # scancel, to the batch shell too
+            job.send_signal(signal.SIGTERM)
+        else:  # the time limit comes near: to the batch shell alone, as B: says
+            job.send_signal(getattr(signal, "SIG" + name)) if shell else os.killpg(job.pid, signal.SIGUSR1)
+    def watch(limit=limits[count] if count < len(limits) else None):
+        wanted = abs(limit) if limit is not None else None
+        while wanted is not None and job.poll() is None:
+            try: now = int((pathlib.Path(os.environ["RUN"]) / "saved").read_text())
+            except (OSError, ValueError): now = 0
+            if now >= wanted: return end(limit)
+            time.sleep(0.02)
+    threading.Thread(target=watch, daemon=True).start()
+    code = job.wait()
+    with open(state / "codes", "a") as file: file.write(f"{{code}}\\n")
+    if not (state / "requeued").exists(): sys.exit(code)
+    (state / "requeued").unlink()
+"""
+
+CONTROL = f"""#!{sys.executable}
+# scontrol: show hostnames, requeue.
+import os, pathlib, re, sys
+if sys.argv[1:3] == ["show", "hostnames"]:
+    name, first, last = re.fullmatch(r"(\\w+)\\[(\\d+)-(\\d+)\\]", sys.argv[3]).groups()
+    for number in range(int(first), int(last) + 1): print(f"{{name}}{{number}}")
+elif sys.argv[1] == "requeue":
+    (pathlib.Path(os.environ["QUEUE"]) / "requeued").write_text(sys.argv[2])
+else: sys.exit(f"scontrol: unknown {{sys.argv[1:]}}")
+"""
+
+RUN = f"""#!{sys.executable}
+# srun: one task on one machine of the allocation, with standard input; signals go to the task.
+import os, pathlib, sys
+start = next(index for index, word in enumerate(sys.argv) if index and not word.startswith("--"))
+options, words = sys.argv[1:start], sys.argv[start:]
+assert "--overlap" in options and "--ntasks=1" in options, options
+[node] = [word.partition("=")[2] for word in options if word.startswith("--nodelist=")]
+assert node in ("node0", "node1"), node
+with open(pathlib.Path(os.environ["QUEUE"]) / "tasks", "a") as file: file.write(node + "\\n")
+os.execvp(words[0], words)
+"""
+
+
+@pytest.fixture
+def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    tools = tmp_path / "bin"
+    tools.mkdir()
+    python = f'#!/bin/sh\nshift 2\nexec {sys.executable} {HERE}/job_program.py "$@"\n'
+    programs = {"sbatch": QUEUE, "scontrol": CONTROL, "srun": RUN, "python-of-the-test": python}
+    for name, text in programs.items():
+        (tools / name).write_text(text)
+        (tools / name).chmod(0o755)
+    (tmp_path / "queue").mkdir()
+    monkeypatch.setenv("PATH", f"{tools}:{os.environ['PATH']}")
+    monkeypatch.setenv("PYTHON", str(tools / "python-of-the-test"))
+    monkeypatch.setenv("PYTHONPATH", str(HERE))
+    monkeypatch.setenv("QUEUE", str(tmp_path / "queue"))
+    monkeypatch.setenv("RUN", str(tmp_path / "the run"))
+    return tmp_path
+
+
+def submit(slurm: Path, limits: str, steps: int) -> subprocess.CompletedProcess[str]:
+    """sbatch with a word that no shell may touch; `limits`: steps at which USR1 comes (negative: TERM)."""
+    config = slurm / "a config.yaml"
+    launch = {"heartbeat_seconds": 20, "node_seconds": 20}
+    config.write_text(yaml.safe_dump(settings(slurm / "the run", slurm, training__steps=steps, launch=launch)))
+    (slurm / "the run").mkdir()
+    return subprocess.run(
+        ["sbatch", str(SCRIPT), str(config), 'tracking.name="it\'s $HOME"'],
+        cwd=ROOT,
+        env={**os.environ, "LIMITS": limits},
+        capture_output=True,
+        text=True,
+        timeout=150,
+        check=False,
+    )
+
+
+def test_the_time_limit_saves_and_requeues_until_the_run_is_done(slurm: Path) -> None:
+    done = submit(slurm, "5", 60)
+    assert done.returncode == 0, done.stderr
+    assert (slurm / "queue" / "codes").read_text().split() == ["75", "0"]
+    assert "back into the queue as job 4711" in done.stdout
+    assert set((slurm / "queue" / "tasks").read_text().split()) == {"node0", "node1"}
+    history = [int(step) for step in (slurm / "the run" / "history").read_text().split()]
+    assert history == list(range(1, 61)), "no step was lost and none was made twice"
+    told = [json.loads((slurm / "the run" / f"told-{rank}.json").read_text()) for rank in range(2)]
+    assert all(one["words"][-1] == 'tracking.name="it\'s $HOME"' for one in told)
+
+
+def test_a_cancelled_job_saves_and_is_not_requeued(slurm: Path) -> None:
+    done = submit(slurm, "-5", 400)
+    assert done.returncode == 75, done.stderr
+    assert (slurm / "queue" / "codes").read_text().split() == ["75"]
+    assert int((slurm / "the run" / "saved").read_text()) >= 5
+
+
+def test_without_arguments_it_says_how(slurm: Path) -> None:
+    done = subprocess.run([str(SCRIPT)], capture_output=True, text=True, check=False, timeout=20)
+    assert done.returncode == 2
+    assert "usage: sbatch" in done.stderr

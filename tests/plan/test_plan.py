@@ -1,0 +1,130 @@
+"""The plan before a run: counts against the real model, rates by hand, memory by its parts, refusals."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+from tiny import settings, tiny_config, write_latents
+
+from ardist.config import TrainConfig
+from ardist.errors import ArdistError
+from ardist.models.denoiser import Denoiser
+from ardist.models.flops import denoiser_flops
+from ardist.plan.activations import LiveBytes, activation_bytes, kept_bytes
+from ardist.plan.memory import memory_per_rank
+from ardist.plan.plan import count_parameters, make_plan
+from ardist.plan.tables import plan_tables, size
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_latents(tmp_path_factory.mktemp("latents"))
+
+
+def config_of(data: Path, **changes: Any) -> TrainConfig:
+    return tiny_config(data.parent / "run", data, **changes)
+
+
+def test_counts_are_those_of_the_real_model(data: Path) -> None:
+    config = config_of(data, denoiser__num_classes=3)
+    assert config.denoiser is not None
+    assert count_parameters(config) == sum(p.numel() for p in Denoiser(config.denoiser).parameters())
+    plan = make_plan(config, gpus=4)
+    assert plan.flops_per_clip == denoiser_flops(config.denoiser, 4).training
+    assert (plan.num_frames, plan.tokens_per_clip, plan.samples) == (4, 12, 64)
+    assert (plan.micro_batch_size, plan.accumulation) == (2, 1)
+    assert plan.sample_bytes == 4 * 3 * 4 * 2
+
+
+def test_rates_follow_from_peak_and_mfu(data: Path) -> None:
+    config = config_of(data, training__steps=1000, training__precision="bf16")
+    plan = make_plan(config, gpus=2, device="h200", mfu=0.5)
+    assert plan.speed is not None
+    assert plan.flops_per_clip is not None
+    rate = 2 * 0.5 * 989.4e12 / plan.flops_per_clip
+    assert plan.speed.clips_per_second == pytest.approx(rate)
+    assert plan.speed.days == pytest.approx(1000 * 8 / rate / 86400)
+    assert plan.speed.read_bytes_per_second == pytest.approx(rate * 96)
+    assert plan.total_tokens == 1000 * 8 * 12
+    fp16 = make_plan(config_of(data), gpus=2, device="v100", mfu=0.5)
+    assert fp16.speed is not None
+    assert make_plan(config_of(data, training__precision="bf16"), device="t4").speed is None, "no peak, no guess"
+
+
+def test_states_by_stage() -> None:
+    config = TrainConfig.model_validate(settings(Path("run"), Path("data"), training__precision="bf16"))
+    million = 1_000_000_000
+    states = [memory_per_rank(config, million, 8, 0, stage=stage) for stage in range(4)]
+    # bf16 weights and gradients 2 + 2, fp32 masters and two moments 12, one average of which each rank holds a share.
+    assert states[0].weights + states[0].gradients + states[0].masters + states[0].moments == 16 * million
+    assert states[1].masters + states[1].moments == 12 * million // 8
+    assert states[1].gradients == 2 * million
+    assert states[2].gradients < 2 * million // 3
+    assert all(state.averages == 4 * million // 8 for state in states)
+    assert states[0].total > states[1].total > states[2].total
+    assert memory_per_rank(config, million, 1, 7, stage=0).activations == 7
+    assert memory_per_rank(config, million, 1, 0, stage=0).buffers == 0
+
+
+def test_live_bytes_are_those_of_tensors_alive() -> None:
+    with LiveBytes() as live:
+        first = torch.ones(1000)
+        view = first[10:]
+        second = first * 2
+        del first
+        assert live.now == 8000, "a view keeps its storage"
+        del view, second
+        assert live.now == 0
+    assert live.peak == 8000
+
+
+def test_activations_grow_with_depth_and_clips_and_shrink_with_checkpointing(data: Path) -> None:
+    config = config_of(data, denoiser__depth=6)
+    plain = activation_bytes(config, 4, 2, "none")
+    assert activation_bytes(config, 4, 4, "none") == 2 * plain
+    assert activation_bytes(config_of(data, denoiser__depth=12), 4, 2, "none") > 1.7 * plain
+    full, selective = (activation_bytes(config, 4, 2, mode) for mode in ("full", "selective"))
+    assert full < selective < plain
+
+
+def test_the_line_through_two_depths_meets_a_deeper_model(data: Path) -> None:
+    line = activation_bytes(config_of(data, denoiser__depth=5), 4, 3, "none")
+    kept = [kept_bytes(config_of(data), 4, 5, clips, "none") for clips in (1, 4)]
+    assert line == pytest.approx(kept[1] - kept[0], rel=0.02)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "text"),
+    [
+        ({"gpus": 3}, 2, "legal numbers of ranks"),
+        ({"device": "h20"}, 2, "did you mean 'h200'"),
+        ({"mfu": 0.0}, 2, "legal: above 0"),
+    ],
+)
+def test_refusals(data: Path, arguments: dict[str, Any], code: int, text: str) -> None:
+    with pytest.raises(ArdistError, match=text) as refused:
+        make_plan(config_of(data), **arguments)
+    assert refused.value.exit_code == code
+
+
+def test_without_data_the_frames_must_be_given(tmp_path: Path) -> None:
+    config = tiny_config(tmp_path / "run", tmp_path / "absent")
+    with pytest.raises(ArdistError, match="--frames"):
+        make_plan(config)
+    plan = make_plan(config, num_frames=16)
+    assert plan.tokens_per_clip == 48
+    assert "not there yet" in plan.notes[0]
+
+
+def test_tables_show_what_fits(data: Path) -> None:
+    console = Console(width=200, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    for table in plan_tables(make_plan(config_of(data), gpus=2)):
+        console.print(table)
+    text = console.export_text()
+    for words in ("denoiser on 2 x H200", "40% MFU", "time to finish", "data to read", "checkpointing full", "ZeRO"):
+        assert words in text
+    assert (size(3 * 2**30), size(200 * 2**20), size(10)) == ("3 GiB", "200 MiB", "10 B")

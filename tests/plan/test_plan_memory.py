@@ -1,0 +1,83 @@
+"""The planned memory against the measured peak: `small` in fp32 on two gloo ranks, every ZeRO stage."""
+
+from __future__ import annotations
+
+import gc
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+HERE = Path(__file__).parent
+pytestmark = [pytest.mark.distributed, pytest.mark.slow, pytest.mark.timeout(900)]
+
+
+def measured(config: Any) -> int:
+    """How far this rank's memory rises above what it was before, in bytes, until the last checkpoint begins."""
+    from ardist.training import trainer
+    from ardist.training.callbacks.base import Callback
+
+    peaks = []
+
+    class Probe(Callback):
+        def after_step(self, running: Any) -> None:
+            peaks.append(status("VmHWM"))
+
+    gc.collect()
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    before = status("VmRSS")
+    trainer.train(config, [Probe()])
+    return peaks[-1] - before
+
+
+def status(name: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:"))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the peak is read from /proc")
+def test_planned_memory_is_within_ten_percent_of_the_measured_peak(tmp_path: Path) -> None:
+    # A process of its own: the allocator must give freed memory back, or the peak shows its habits.
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "131072", "MALLOC_TRIM_THRESHOLD_": "131072"}
+    words = [sys.executable, __file__, str(tmp_path)]
+    done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=800, check=False)
+    print(done.stdout)
+    assert done.returncode == 0, done.stderr[-2000:]
+    ratios = [float(line.split()[-1]) for line in done.stdout.splitlines() if line.startswith("stage")]
+    assert len(ratios) == 4
+    assert all(0.9 <= ratio <= 1.1 for ratio in ratios), done.stdout
+
+
+def compare(directory: Path) -> None:
+    """Print planned and measured MiB of every stage, above those of a model of almost no size."""
+    sys.path.insert(0, str(HERE.parent / "distributed"))
+    from ranks import run_ranks
+    from tiny import tiny_config, write_latents
+
+    from ardist.plan.activations import activation_bytes
+    from ardist.plan.memory import memory_per_rank
+    from ardist.plan.plan import count_parameters
+
+    data = write_latents(directory / "latents", frames=16)
+    small = {"preset": "small", "tokens_per_frame": 3, "latent_channels": 4}
+
+    def peak(name: str, **changes: Any) -> tuple[Any, int]:
+        config = tiny_config(
+            directory / name, data, training__steps=2, training__global_batch_size=4, checkpoint__every=9, **changes
+        )
+        return config, max(run_ranks(measured, 2, config, timeout=200))
+
+    _, nothing = peak("nothing")
+    for stage in range(4):
+        config, total = peak(f"stage-{stage}", training__zero_stage=stage, denoiser=small)
+        activations = activation_bytes(config, 16, 2, "none")
+        planned = memory_per_rank(config, count_parameters(config), 2, activations, gloo=True).total
+        found = total - nothing
+        print(f"stage {stage}: planned {planned / 2**20:.0f} MiB, measured {found / 2**20:.0f}, {planned / found:.3f}")
+
+
+if __name__ == "__main__":
+    compare(Path(sys.argv[1]))
