@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from ardist.models.ar_vae.latents import latent_problems
@@ -68,7 +68,7 @@ def _latents(record: Record, figures: Path, page: Page) -> None:
 
 def _picture(
     path: Path,
-    curves: dict[str, tuple[Sequence[float], Sequence[float]]],
+    curves: Mapping[str, tuple[Sequence[float], Sequence[float]]],
     title: str,
     page: Page,
     *,

@@ -11,13 +11,16 @@ import torch
 from ar_vae_runs import ar_vae_config, ar_vae_settings, write_clips
 from ranks import Ranks, run_ranks
 from safetensors.torch import load_file
+from test_host_reads import _count as count_reads
 from tiny import losses, records, sample_ids, train_outcome, weights
 
 from ardist.config import TrainConfig
-from ardist.errors import ConfigError
+from ardist.errors import ArdistError, ConfigError
 from ardist.training.adversary import ADVERSARY_FILE
+from ardist.training.callbacks import Callback
 from ardist.training.commit import newest_valid
 from ardist.training.preflight import check_run
+from ardist.training.trainer import Trainer, train
 
 pytestmark = pytest.mark.distributed
 
@@ -122,6 +125,33 @@ def test_a_bad_gradient_of_the_discriminator_skips_it_alone(tmp_path: Path, data
     assert equal(before, after)
     assert events(tmp_path)["training.skipped_discriminator_step"] == 1
     assert "training.skipped_step" not in events(tmp_path)
+
+
+@pytest.mark.parametrize("start", [0, 100])
+def test_the_loop_reads_nothing_from_the_device(tmp_path: Path, data: Path, start: int) -> None:
+    changes: dict[str, Any] = {"training__steps": 8, "training__log_every": 8, "training__guard": "device"}
+    changes |= {"debug__log_sample_ids": False, "ar_vae_loss__adversarial_start": start}
+    assert run_ranks(count_reads, 1, ar_vae_config(tmp_path, data, **changes)) == [[]]
+
+
+def _train_with_flip(config: TrainConfig) -> str:
+    class Flip(Callback):
+        def after_step(self, trainer: Trainer) -> None:
+            if trainer.step == 3 and trainer.world.rank == 1 and trainer.adversary is not None:
+                with torch.no_grad():
+                    next(trainer.adversary.model.parameters()).view(-1)[0] += 1.0
+
+    try:
+        train(config, [Flip()])
+    except ArdistError as error:
+        return f"{type(error).__name__}: {error}"
+    return "done"
+
+
+def test_discriminators_that_differ_are_found(tmp_path: Path, data: Path) -> None:
+    config = ar_vae_config(tmp_path, data, debug__replica_check_every=2, training__steps=4)
+    for outcome in run_ranks(_train_with_flip, 2, config):
+        assert outcome.startswith("HardwareError: at step 4 the weights of rank"), outcome
 
 
 def test_the_discriminator_starts_at_its_step(tmp_path: Path, data: Path) -> None:

@@ -18,8 +18,11 @@ from ardist.data.loader import open_loader
 from ardist.errors import ConfigError
 from ardist.models.weights import load_ar_vae
 from ardist.training import augmentation
+from ardist.training.callbacks import Callback
+from ardist.training.engine import StepOutcome
 from ardist.training.export import export_bundle
 from ardist.training.preflight import check_run
+from ardist.training.trainer import Trainer, train
 
 pytestmark = pytest.mark.distributed
 
@@ -130,6 +133,31 @@ def test_validation_looks_at_the_clips(second: Path) -> None:
     assert [sum(channel) for channel in record["latent_histogram"]] == [32 * 3 * 4] * 4
     for suffix in ("png", "mp4"):
         assert (second / "samples" / f"reconstruction-{STEPS:08d}.{suffix}").stat().st_size > 500
+
+
+def test_what_goes_wrong_beside_training_is_counted(tmp_path: Path, data: Path) -> None:
+    """A channel that says nothing, and a folder for pictures that cannot be written to."""
+    config = ar_vae_config(
+        tmp_path, data, training__steps=1, validation__path=str(data), ar_vae_loss={}, training__ema_decays=[]
+    )
+    assert run_ranks(_train_with_a_dead_channel, 1, config) == ["done"]
+    counted = json.loads((tmp_path / "summary.json").read_text())["events"]
+    assert counted["ar_vae.latents"] == 1
+    assert counted["reconstructions.failed"] == 1
+    assert records(tmp_path, "validation")[1]["latent_still_channels"] == [3]
+
+
+def _train_with_a_dead_channel(config: TrainConfig) -> str:
+    class Silence(Callback):
+        def on_start(self, trainer: Trainer) -> None:
+            (trainer.run.path / "samples").write_text("a file where a folder should be")
+            with torch.no_grad():
+                for tensor in trainer.engine.module.encoder.moments.parameters():
+                    tensor[3] = 0.0
+            trainer.engine.step = lambda lr: StepOutcome(0.0, False)  # type: ignore[method-assign]
+
+    train(config, [Silence()])
+    return "done"
 
 
 def test_what_cannot_be_stage_two(tmp_path: Path, data: Path, first: Path) -> None:

@@ -14,7 +14,7 @@ MAX_ADAPTIVE_WEIGHT = 1e4
 
 def smallest_side(num_layers: int) -> int:
     """Pixels a side that leave one patch: two 4x4 convolutions of stride 1 after `num_layers` halvings."""
-    return 3 * 2**num_layers
+    return int(3 * 2**num_layers)
 
 
 class PatchDiscriminator(nn.Module):

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.nn.grad import conv2d_weight
 
 from ardist.config import ARVAEConfig
 
@@ -92,5 +93,5 @@ def last_layer_gradient(
     """
     pixels = 0.5 * gradient.flatten(0, 1).float()  # frames are 0.5 * output + 0.5
     size = (3, features.shape[1], 3, 3)
-    weight_gradient: Tensor = torch.nn.grad.conv2d_weight(features.detach().float(), size, pixels, padding=1)
+    weight_gradient: Tensor = conv2d_weight(features.detach().float(), size, pixels, padding=1)
     return weight_gradient
