@@ -27,7 +27,7 @@ _log = logging.getLogger("ardist.training")
 DIFFUSION_IDENTITY = ("num_timesteps", "schedule", "target")
 """Settings of the diffusion that a checkpoint must share with the run that resumes it, as it must the model's."""
 
-OTHER_TASKS_SECTIONS = {"denoiser": ("ar_vae", "augmentation"), "ar_vae": ("denoiser", "diffusion")}
+OTHER_TASKS_SECTIONS = {"denoiser": ("ar_vae", "ar_vae_loss", "augmentation"), "ar_vae": ("denoiser", "diffusion")}
 """Sections of a configuration that a task does not read."""
 
 
