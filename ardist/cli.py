@@ -262,6 +262,50 @@ def import_released(
     _say(f"wrote and verified {path}")
 
 
+@app.command(epilog="Example: ardist plan configs/quickstart/denoiser.yaml --gpus 16 --device h200")
+def plan(
+    config: Annotated[Path, typer.Argument(help="A YAML file such as configs/quickstart/denoiser.yaml.")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="Settings over the file's.")] = None,
+    gpus: Annotated[int, typer.Option(help="Number of GPUs, one rank on each.", min=1)] = 1,
+    device: Annotated[str, typer.Option(help="Kind of GPU: h200, h100, a100, l40s, rtx-4090 …")] = "h200",
+    mfu: Annotated[float, typer.Option(help="Expected share of the peak FLOP/s.")] = 0.4,
+    frames: Annotated[
+        int | None, typer.Option(help="Frames of a clip. Without it: as the dataset says.", min=1)
+    ] = None,
+) -> None:
+    """Say what a run needs and takes before anything is started: memory, speed, days, data rate.
+
+    Memory is given for every ZeRO stage and checkpointing mode. No GPU is needed.
+    """
+    from ardist.config import TrainConfig, load_config
+    from ardist.plan.plan import make_plan
+    from ardist.plan.tables import plan_tables
+
+    console = Console()
+    loaded = load_config(TrainConfig, config, overrides or [])
+    for table in plan_tables(make_plan(loaded, gpus=gpus, device=device, mfu=mfu, num_frames=frames)):
+        console.print(table)
+
+
+@app.command(epilog="Example: ardist doctor configs/quickstart/denoiser.yaml --hostfile hosts")
+def doctor(
+    config: Annotated[Path | None, typer.Argument(help="Also examine this run's data and disk.")] = None,
+    overrides: Annotated[list[str] | None, typer.Argument(help="Settings over the file's.")] = None,
+    hostfile: Annotated[Path | None, typer.Option(help="Also examine these machines and the way to them.")] = None,
+    remote_shell: Annotated[str, typer.Option(help="How they are reached: ssh, srun, or like ssh.")] = "ssh",
+) -> None:
+    """Find out whether training can work here, and say what to do where it cannot (exit code 4).
+
+    Versions, GPUs, attention backends, ffmpeg, memory, disk, data, and whether ranks find each other.
+    """
+    from ardist.doctor.examine import examine, require_fit
+    from ardist.doctor.findings import findings_table
+
+    findings = examine(config, overrides or [], hostfile=hostfile, shell=remote_shell)
+    Console().print(findings_table(findings))
+    require_fit(findings)
+
+
 @app.command(epilog="Example: ardist report runs/denoiser")
 def report(run: Annotated[Path, typer.Argument(help="A run directory.")]) -> None:
     """Draw a run as one self-contained page: loss, throughput, loss by frame, events."""

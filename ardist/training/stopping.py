@@ -12,6 +12,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from ardist import fault
+from ardist.errors import HardwareError
 from ardist.training.distributed import World
 
 _log = logging.getLogger("ardist.training")
@@ -59,22 +61,31 @@ class StopRequest:
         """What asked for the end, for the log."""
         return signal.Signals(self._signal).name if self._signal is not None else "another rank"
 
-    def agreed(self) -> bool:
+    def agreed(self, step: int) -> bool:
         """True on all ranks at the same step, at most one step after the signal; call once per step (collective).
 
-        The flags travel over the control group while the next step is computed.
+        The flags travel over the control group while the next step is computed, and with them every rank's `step`:
+        raises `HardwareError` when the ranks do not make the same steps, before they wait for each other for ever.
         """
+        if fault.point("stop.agreed") is not None:
+            return False
         if self.world.size == 1:
             return self._signal is not None
         stop = False
         if self._pending is not None:
-            work, flag = self._pending
+            work, told = self._pending
             work.wait()
-            stop = bool(flag.item())
+            flag, *steps = told.tolist()
+            if len(set(steps)) > 1:
+                shown = ", ".join(f"rank {rank} at step {at}" for rank, at in enumerate(steps))
+                raise HardwareError(f"the ranks are out of step: {shown}; one of them left out a collective operation")
+            stop = bool(flag)
         self._pending = None
         if not stop:
-            flag = torch.tensor([1 if self._signal is not None else 0])
-            self._pending = (dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=self.world.control, async_op=True), flag)
+            mine = torch.zeros(1 + self.world.size, dtype=torch.int64)
+            mine[0] = self._signal is not None
+            mine[1 + self.world.rank] = step
+            self._pending = (dist.all_reduce(mine, op=dist.ReduceOp.MAX, group=self.world.control, async_op=True), mine)
         return stop
 
     def drain(self) -> None:

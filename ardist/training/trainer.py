@@ -187,7 +187,7 @@ class Trainer:
     def advance(self) -> None:
         """One step and everything that follows it."""
         self.train_step()
-        self.stopping = self.stop.agreed() or self.stop_after_reached()
+        self.stopping = self.stop.agreed(self.step) or self.stop_after_reached()
         for callback in self.callbacks:
             callback.after_step(self)
 
@@ -211,10 +211,11 @@ class Trainer:
                 loss = loss * float(factor or "nan")
             self.engine.backward(loss)
             self.window.add(loss, metrics)
+            heartbeat.advance()  # whoever hangs before this line keeps those waiting who are behind it
             self.losses.append(loss.detach())
 
         fault.point("trainer.before_step")
-        heartbeat.advance()  # who hangs before this line keeps those who are behind it waiting
+        heartbeat.advance()
         rate = learning_rate(self.config.optimizer, self.step, self.total_steps)
         self.outcome = self.engine.step(rate)
         if self.adversary is not None:

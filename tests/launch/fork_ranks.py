@@ -1,0 +1,140 @@
+"""Real ranks for the supervisor without their long imports: forked from a process that has torch and DeepSpeed."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import ranks as _torch_and_deepspeed_imported_once  # noqa: F401
+import yaml
+from tiny import settings
+
+from ardist.config import TrainConfig
+from ardist.config.launch import LaunchConfig
+from ardist.launch.engines import Host, Placement, launches
+from ardist.launch.local import free_port
+from ardist.launch.nodes import LocalNode
+from ardist.launch.supervisor import Supervisor
+from ardist.training import distributed, goodput
+from ardist.training import main as program
+from ardist.training.heartbeat import DIRECTORY_VARIABLE
+
+
+class Forked:
+    """A forked child with the methods of a Popen that the supervisor uses."""
+
+    def __init__(self, action: Callable[[], int]) -> None:
+        self.code: int | None = None
+        self.pid = os.fork()
+        if self.pid == 0:
+            code = 1
+            try:
+                code = action()
+            finally:
+                distributed.leave(code)
+
+    def poll(self) -> int | None:
+        """The exit code, or minus the signal, once it has ended."""
+        if self.code is None:
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
+            self.code = os.waitstatus_to_exitcode(status) if pid else None
+        return self.code
+
+    def wait(self, timeout: float | None = None) -> int:
+        """Wait for the end."""
+        while self.poll() is None:
+            time.sleep(0.005)
+        assert self.code is not None
+        return self.code
+
+    def kill(self) -> None:
+        """SIGKILL."""
+        if self.poll() is None:
+            os.kill(self.pid, signal.SIGKILL)
+
+    def terminate(self) -> None:
+        """SIGTERM."""
+        if self.poll() is None:
+            os.kill(self.pid, signal.SIGTERM)
+
+
+class ForkNode(LocalNode):
+    """The ranks of this machine as forks of this process, which carry no mark in their environment."""
+
+    def fork(self, placement: Placement, words: list[str], environment: dict[str, str]) -> None:
+        """Start all ranks."""
+        for launch in launches("plain", placement, ["unused"], self.scratch):
+            variables = {**environment, **launch.environment, DIRECTORY_VARIABLE: str(self.scratch)}
+            self._processes.append(Forked(lambda variables=variables: _rank(variables, words)))  # type: ignore[arg-type]
+
+    def send_signal(self, number: int) -> None:
+        for process in self._processes:
+            if process.poll() is None:
+                os.kill(process.pid, number)
+
+    def kill(self) -> None:
+        for process in self._processes:
+            process.kill()
+            process.wait()
+        super().kill()
+
+
+def _rank(variables: dict[str, str], words: list[str]) -> int:
+    os.environ.update(variables)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_DFL)
+    program.prepare_process()
+    with open(Path(variables["RANK_LOG"] + variables["RANK"]), "a") as log:
+        os.dup2(log.fileno(), sys.stderr.fileno())
+        return program.main(words)
+
+
+class TrainingJob:
+    """A supervised training of tiny ranks. `faults` are the ARDIST_FAULT of the first attempts, one after the other."""
+
+    def __init__(
+        self, directory: Path, data: Path, *, faults: tuple[str, ...] = (), ranks: int = 2, **changes: Any
+    ) -> None:
+        self.directory = directory
+        self.run_dir = directory / "run"
+        self.faults = faults
+        self.ranks = ranks
+        launch = {"restart_pause_seconds": 0.05, "heartbeat_seconds": 4, "step_seconds": 6, "data_seconds": 6}
+        values = settings(
+            self.run_dir, data, **{"training__steps": 9, "checkpoint__every": 3, "launch": launch, **changes}
+        )
+        directory.mkdir(parents=True, exist_ok=True)
+        self.path = directory / "config.yaml"
+        self.path.write_text(yaml.safe_dump(values))
+        self.config = TrainConfig.model_validate(values)
+        self.limits: LaunchConfig = self.config.launch
+        self.nodes: list[ForkNode] = []
+        self.supervisor = Supervisor(self.limits, self.run_dir, self.start)
+
+    def start(self, attempt: int, job: str) -> list[ForkNode]:
+        """For the supervisor."""
+        node = ForkNode("localhost", self.limits)
+        self.nodes.append(node)
+        placement = Placement((Host("localhost", self.ranks),), 0, "127.0.0.1", free_port())
+        fault = self.faults[attempt - 1] if attempt <= len(self.faults) else ""
+        environment = {"ARDIST_FAULT": fault, goodput.JOB_VARIABLE: f"{job}:{attempt}"}
+        node.fork(placement, [str(self.path)], environment | {"RANK_LOG": str(self.directory / "stderr-")})
+        return [node]
+
+    def run(self) -> int:
+        """Until the end."""
+        return self.supervisor.run()
+
+    @property
+    def rows(self) -> list[dict[str, Any]]:
+        """The failures that were healed."""
+        return goodput.restarts(goodput.read(self.run_dir))
+
+    def stderr(self) -> str:
+        """What all ranks said."""
+        return "".join(path.read_text() for path in sorted(self.directory.glob("stderr-*")))

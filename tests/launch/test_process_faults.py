@@ -1,0 +1,142 @@
+"""Whatever happens to a process, ids and losses of the run that comes out are those of one that nothing happened to."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fork_ranks import TrainingJob
+from tiny import losses, records, sample_ids, write_latents
+
+from ardist.training.heartbeat import read_beats
+
+pytestmark = pytest.mark.distributed
+TABLE: list[tuple[str, str, str, float, float, int]] = []
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_latents(tmp_path_factory.mktemp("latents"))
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory, data: Path) -> Path:
+    job = TrainingJob(tmp_path_factory.mktemp("uninterrupted"), data)
+    assert job.run() == 0, job.stderr()
+    assert job.rows == []
+    return job.run_dir
+
+
+@pytest.fixture(scope="module", autouse=True)
+def table() -> Iterator[None]:
+    """What every fault cost, printed at the end."""
+    yield
+    print("\nfault                          cause     detected   back after   lost steps")
+    for name, _, cause, detected, back, lost in TABLE:
+        print(f"{name:30} {cause:8} {detected:8.2f} s {back:10.2f} s {lost:8d}")
+
+
+def survives(job: TrainingJob, uninterrupted: Path, name: str) -> dict[str, Any]:
+    """Run a job to its end, compare it, and return the row of its one failure."""
+    assert job.run() == 0, job.stderr()
+    assert losses(job.run_dir) == losses(uninterrupted)
+    assert sample_ids(job.run_dir) == sample_ids(uninterrupted)
+    [row] = job.rows
+    TABLE.append((name, "", row["cause"], row["detect_seconds"], row["restart_seconds"], row["lost_steps"]))
+    return row
+
+
+@pytest.mark.parametrize(
+    ("name", "fault", "cause", "within"),
+    [
+        ("A1 kill -9 in a step", "kill@trainer.before_step/1#5", "died", 2),
+        ("A3 kill -9 in a checkpoint", "kill@checkpoint.after_commit/0#2", "died", 2),
+        ("A5 stopped", "stop@trainer.before_step/1#5", "stopped", 8),
+        ("A5 waits for data for ever", "sleep@trainer.batch/1#5:1000", "stuck", 12),
+        ("A8 out of memory", "raise@trainer.batch/1#5:12", "error", 2),
+    ],
+)
+def test_one_rank_fails(
+    tmp_path: Path, data: Path, uninterrupted: Path, name: str, fault: str, cause: str, within: float
+) -> None:
+    row = survives(TrainingJob(tmp_path, data, faults=(fault,)), uninterrupted, name)
+    assert row["cause"] == cause
+    assert row["detect_seconds"] < within
+    assert row["lost_steps"] <= 4
+    if cause != "error":
+        assert f"rank {'0' if 'checkpoint' in fault else '1'} " in row["detail"], "the culprit is named"
+    if cause in ("stopped", "stuck"):
+        stacks = [tmp_path / "run" / "logs" / f"attempt-001-stacks-rank-{rank:05d}.txt" for rank in range(2)]
+        assert all("trainer.py" in path.read_text() for path in stacks), "all ranks' stacks are on record"
+        assert "fault.py" in stacks[1].read_text()
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["launches"]["by_cause"][cause]["count"] == 1
+    assert 0 < summary["goodput"] < 1
+
+
+def test_a_native_crash_leaves_its_trace(tmp_path: Path, data: Path, uninterrupted: Path) -> None:
+    job = TrainingJob(tmp_path, data, faults=("sleep@trainer.batch:0.2",))
+    threading.Thread(target=lambda: signal_at(job, 1, 4, signal.SIGSEGV), daemon=True).start()
+    row = survives(job, uninterrupted, "A4 segmentation fault")
+    assert "SIGSEGV" in row["detail"]
+    assert "Segmentation fault" in (tmp_path / "run" / "logs" / "attempt-001-stacks-rank-00001.txt").read_text()
+
+
+def signal_at(job: TrainingJob, rank: int, step: int, number: int) -> None:
+    """Send a signal to a rank of the first attempt once it has made `step` steps."""
+    end = time.monotonic() + 60
+    while time.monotonic() < end:
+        beats = read_beats(job.nodes[0].scratch) if job.nodes else []
+        if len(beats) > rank and beats[rank].step >= step:
+            return os.kill(beats[rank].pid, number)
+        time.sleep(0.01)
+    return None
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP])
+def test_a_signal_to_the_launcher_saves_and_the_next_start_goes_on(
+    tmp_path: Path, data: Path, uninterrupted: Path, number: int
+) -> None:
+    if number not in (signal.SIGTERM, signal.SIGUSR2):
+        pytest.skip("every signal takes the same way; two of them take it here, all in the tests of the supervisor")
+    job = TrainingJob(tmp_path, data, faults=("sleep@trainer.batch:0.2",))
+    threading.Thread(target=lambda: to_us(job, 3, number), daemon=True).start()
+    assert job.run() == 75, job.stderr()
+    assert 3 <= max(records(job.run_dir)) < 9
+    assert TrainingJob(tmp_path, data).run() == 0
+    assert losses(job.run_dir) == losses(uninterrupted)
+    assert sample_ids(job.run_dir) == sample_ids(uninterrupted)
+    launches = json.loads((job.run_dir / "summary.json").read_text())["launches"]
+    assert (launches["launches"], launches["restarts"], launches["lost_steps"]) == (2, 0, 0)
+
+
+def to_us(job: TrainingJob, step: int, number: int) -> None:
+    end = time.monotonic() + 60
+    while time.monotonic() < end:
+        beats = read_beats(job.nodes[0].scratch) if job.nodes else []
+        if beats and beats[0].step >= step:
+            return os.kill(os.getpid(), number)
+        time.sleep(0.01)
+    return None
+
+
+def test_a_signal_at_the_start_ends_with_75_and_touches_nothing(tmp_path: Path, data: Path) -> None:
+    job = TrainingJob(tmp_path, data)
+    threading.Thread(target=lambda: to_us(job, 0, signal.SIGTERM), daemon=True).start()
+    assert job.run() == 75, job.stderr()
+    assert not list((tmp_path / "run").glob("checkpoints/step-*")) or max(records(job.run_dir)) >= 1
+
+
+def test_out_of_step_ranks_are_told_apart_at_once(tmp_path: Path, data: Path, uninterrupted: Path) -> None:
+    job = TrainingJob(tmp_path, data, faults=("value@stop.agreed/1#4:skip",))
+    row = survives(job, uninterrupted, "A7 one rank skips a collective")
+    assert row["cause"] == "error"
+    assert "the ranks are out of step" in row["detail"]
+    assert "rank 1 at step" in row["detail"]
