@@ -283,9 +283,10 @@ def test_half_precision_follows_the_exact_video() -> None:
     assert ((rounded - exact).norm() / exact.norm()).item() < 0.05
 
 
-def test_future_frames_never_reach_finished_ones() -> None:
+@pytest.mark.parametrize("backend", ["reference", "sdpa", "flash"])
+def test_future_frames_never_reach_finished_ones(backend: str) -> None:
     """Perturbing the noise of frame k changes nothing before it: exactly 0, through the cache as well."""
-    sampler = ADSampler(random_denoiser(**CONTEXT), NOISE)
+    sampler = ADSampler(random_denoiser(attention_backend=backend, **CONTEXT), NOISE)
     noise = torch.randn(1, 5, 3, 4, generator=torch.Generator().manual_seed(1))
     before = sampler.sample(5, num_inference_steps=5, difference=2, noise=noise)
     for frame in range(5):
