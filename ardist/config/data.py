@@ -7,19 +7,20 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from ardist.config.base import Section
+from ardist.config.paths import PathText
 
 
 class DatasetShare(Section):
     """One dataset of a mixture."""
 
-    path: str = Field(min_length=1, description="dataset folder or s3:// prefix that holds manifest.json")
+    path: PathText = Field(min_length=1, description="dataset folder or s3:// prefix that holds manifest.json")
     weight: float = Field(gt=0, lt=float("inf"), description="share relative to the sum of all weights")
 
 
 class DataConfig(Section):
     """Which dataset is read and in which order (DATA: fixed lanes)."""
 
-    path: str = Field("", description="dataset folder or s3:// prefix that holds manifest.json")
+    path: PathText = Field("", description="dataset folder or s3:// prefix that holds manifest.json")
     mixture: tuple[DatasetShare, ...] = Field((), description="several datasets by weight, instead of one path")
     mixture_by: Literal["sample", "step"] = Field(
         "sample", description="step: every step is of one dataset, whose number of frames may be its own"
@@ -28,7 +29,7 @@ class DataConfig(Section):
     window: int = Field(256, ge=1, description="W, samples of one shuffle window of a lane")
     fetch_threads: int = Field(2, ge=1, le=16)
     prefetch_bytes: int = Field(256 * 2**20, ge=2**20, description="bound of all batch buffers of one rank")
-    cache_dir: str | None = Field(None, description="local cache of remote shards; null: the user's cache folder")
+    cache_dir: PathText | None = Field(None, description="local cache of remote shards; null: the user's cache folder")
     cache_bytes: int = Field(50 * 2**30, ge=0)
     max_bad_fraction: float = Field(1e-3, ge=0, le=1, description="of the last 10,000 samples; more stops the run")
     missing_shards: Literal["fail", "substitute"] = Field(

@@ -14,6 +14,7 @@ from ardist.config.data import DataConfig
 from ardist.config.denoiser import DenoiserConfig
 from ardist.config.launch import LaunchConfig
 from ardist.config.migration import VERSION
+from ardist.config.paths import PathText
 
 Law = Literal["fopp", "synchronous", "independent", "uniform_monotone"]
 Fraction = Annotated[float, Field(ge=0, le=1)]
@@ -131,7 +132,7 @@ class CheckpointConfig(Section):
     url: str | None = Field(
         None, pattern=r"^s3://[^/?@]+", description="s3://bucket/prefix of the checkpoints; null: in the run directory"
     )
-    staging: str | None = Field(
+    staging: PathText | None = Field(
         None,
         description="folder of each machine for parts on their way to and from s3; null: in the run directory",
     )
@@ -140,7 +141,7 @@ class CheckpointConfig(Section):
 class ValidationConfig(Section):
     """Loss on held-out clips at fixed timesteps."""
 
-    path: str | None = Field(None, description="held-out dataset; null: no validation")
+    path: PathText | None = Field(None, description="held-out dataset; null: no validation")
     every: int = Field(1000, ge=1)
     num_clips: int = Field(64, ge=1)
     staircases: int = Field(8, ge=1, description="fixed FoPP timestep sequences per clip")
@@ -153,7 +154,7 @@ class SamplesConfig(Section):
     """Videos that the denoiser samples during training, with the average of the largest decay."""
 
     every: int | None = Field(None, ge=1, description="steps from one sampling to the next; null: none")
-    ar_vae: str | None = Field(None, description="bundle with the AR-VAE that made the latents, to decode with")
+    ar_vae: PathText | None = Field(None, description="bundle with the AR-VAE that made the latents, to decode with")
     num_videos: int = Field(4, ge=1, description="videos per difference")
     differences: tuple[Annotated[int, Field(ge=0)], ...] = Field(
         (0, 5), min_length=1, description="AD timestep differences s, in sampler steps"
@@ -200,9 +201,9 @@ class TrainConfig(Section):
 
     version: Literal[1] = Field(VERSION, description="of this schema; older ones are migrated")
     task: Literal["denoiser", "ar_vae"]
-    run_dir: str
+    run_dir: PathText
     seed: int = Field(0, ge=0, lt=2**63)
-    init_from: str | None = Field(
+    init_from: PathText | None = Field(
         None, description="run directory or checkpoint whose weights a fresh run starts from; no effect on a resume"
     )
     init_weights: str = Field("auto", description="auto: the largest EMA decay there is; raw; or an EMA decay")

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import fcntl
 import json
+import logging
 import os
 import socket
 import time
 from pathlib import Path
 from typing import IO, Any
 
+from ardist import fault, log
 from ardist.config import TrainConfig, dump_config
 from ardist.errors import ConfigError, HardwareError
+from ardist.events import events
 
 LOCK = ".lock"
 
@@ -36,6 +39,16 @@ class RunDirectory:
             self.logs.mkdir(exist_ok=True)
         except OSError as error:
             raise HardwareError(f"the run directory {self.path} cannot be written: {error.strerror}") from error
+
+    def begin_log(self) -> None:
+        """Send this rank's log to the console and to a file of the run; to the console alone where that cannot be."""
+        level = logging.getLogger("ardist").level or logging.INFO
+        try:
+            fault.point("run_dir.before_log")
+            log.configure(self.path, level)
+        except OSError as error:
+            log.configure(level=level)
+            events.count("log.unavailable", reason=error)
 
     def write_config(self, config: TrainConfig) -> None:
         """Write ``config.resolved.yaml``: what this run was started with, complete."""

@@ -126,12 +126,14 @@ def _open_wandb(config: TrainConfig, run_dir: Path) -> tuple[Sink, Callable[[], 
         if mode != "online":
             raise
         events.count("tracking.offline", tracker="wandb", reason=f"{type(error).__name__}: {error}")
+        wandb.teardown()  # what it began still holds the run's id
         run = wandb.init(mode="offline", settings=settings, **arguments)
 
-    kinds = {".mp4": wandb.Video, ".png": wandb.Image}
+    kinds = {".mp4": "Video", ".png": "Image"}
 
     def write(record: dict[str, Any]) -> None:
-        shown = {name: kinds[path.suffix](str(path)) for name, path in _media(record, run_dir) if path.suffix in kinds}
+        files = [(name, path) for name, path in _media(record, run_dir) if path.suffix in kinds]
+        shown = {name: getattr(wandb, kinds[path.suffix])(str(path)) for name, path in files}
         run.log({**_scalars(record), **shown}, step=int(record["step"]))
 
     return write, run.finish

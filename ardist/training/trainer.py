@@ -10,7 +10,7 @@ from importlib.metadata import version
 
 import torch
 
-from ardist import fault, log
+from ardist import fault
 from ardist.config import TrainConfig
 from ardist.data.loader import open_loader
 from ardist.errors import ConfigError, Preempted
@@ -67,7 +67,7 @@ def train(config: TrainConfig, callbacks: Sequence[Callback] = ()) -> None:
     try:
         world = distributed.start(config.training.timeout_minutes)
         world.barrier()  # the run directory exists from here on
-        log.configure(run.path, logging.getLogger("ardist").level or logging.INFO)
+        run.begin_log()
         trainer = Trainer(config, data, world, run, callbacks)
         try:
             trainer.fit()

@@ -147,6 +147,19 @@ def test_missing_file_and_binary_file(tmp_path: Path) -> None:
         load_config(TrainConfig, tmp_path / "binary.yaml")
 
 
+def test_paths_are_filled_in_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "zu Hause"))
+    monkeypatch.setenv("DISK", "/mnt/große platte")
+    changes = ["run_dir=~/läufe/a b", "data.path=$DISK/clips", "validation.path=s3://${DISK}/x", "init_from=/a$1/$"]
+    config = load(tmp_path, GOOD, *changes)
+    assert config.run_dir == f"{tmp_path}/zu Hause/läufe/a b"
+    assert config.data.path == "/mnt/große platte/clips"
+    assert config.validation.path == "s3:///mnt/große platte/x"
+    assert config.init_from == "/a$1/$", "no names of variables"
+    message = refused(tmp_path, GOOD, "run_dir=$NO_SUCH_DISK/x")
+    assert "run_dir: the environment variable NO_SUCH_DISK is not set" in message
+
+
 @pytest.mark.parametrize("override", ["training.steps", "=3", "training..steps=1", "run_dir.x=1", "training.steps=["])
 def test_malformed_overrides(tmp_path: Path, override: str) -> None:
     assert "override" in refused(tmp_path, GOOD, override)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import pickle
+import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -17,18 +19,24 @@ from ardist.errors import CheckpointError
 from ardist.events import events
 from ardist.training import commit, resume
 from ardist.training.checkpoint import CheckpointWriter
-from ardist.training.commit import candidates, newest_valid, read_commit, step_of
+from ardist.training.commit import Part, candidates, newest_valid, read_commit, step_of, write_commit
+from ardist.training.ema import ShardedEMA
+from ardist.training.parts import PartsReader, hash_file
 
 pytestmark = pytest.mark.distributed
 
 
-def _save_not_finite(root: Path) -> tuple[str, list[int]]:
+def _save_not_finite(root: Path, kind: str) -> tuple[str, list[int]]:
     engine = toy_engine(toy_config(zero_stage=1))
+    ema = ShardedEMA(engine.fragments, (0.9,))
     toy_step(engine, 0)
-    writer = CheckpointWriter(root, engine.fragments, None)
+    writer = CheckpointWriter(root, engine.fragments, ema)
     writer.save(snapshot(1), wait=True)
     if engine.world.rank == 1:
-        engine.fragments.moment(engine.fragments.owned[0], "exp_avg")[0] = float("nan")
+        run = engine.fragments.owned[0]
+        states = {"master": engine.fragments.master(run), "ema_0.9": ema.buffers[0.9][0]}
+        states["exp_avg"] = engine.fragments.moment(run, "exp_avg")
+        states[kind][0] = float("nan")
     try:
         writer.save(snapshot(2), wait=True)
     except CheckpointError as error:
@@ -37,9 +45,10 @@ def _save_not_finite(root: Path) -> tuple[str, list[int]]:
     return "saved", []
 
 
-def test_state_that_is_not_finite_is_not_saved(tmp_path: Path) -> None:
-    for message, steps in run_ranks(_save_not_finite, 2, tmp_path):
-        assert "rank 1: the exp_avg state holds values that are not finite" in message
+@pytest.mark.parametrize("kind", ["master", "exp_avg", "ema_0.9"])
+def test_state_that_is_not_finite_is_not_saved(tmp_path: Path, kind: str) -> None:
+    for message, steps in run_ranks(_save_not_finite, 2, tmp_path, kind):
+        assert f"rank 1: the {kind} state holds values that are not finite" in message
         assert steps == [1]
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"], "nothing half-written is left"
 
@@ -144,3 +153,95 @@ def test_a_checkpoint_pruned_while_it_is_looked_at_leads_to_the_newer_one(
     listings = iter([[tmp_path / "step-00000000"]])
     monkeypatch.setattr(commit, "candidates", lambda root: next(listings, candidates(root)))
     assert newest_valid(tmp_path)[1].step == 1
+
+
+def test_the_search_goes_by_names_and_not_by_times_or_pointers(tmp_path: Path) -> None:
+    run_ranks(_keep, 1, tmp_path)
+    (tmp_path / "latest").write_text("step-00000003")
+    for age, step in enumerate((5, 4, 3)):
+        os.utime(tmp_path / f"step-{step:08d}", (1e9 - 1e6 * age, 1e9 + 1e6 * age))
+    assert newest_valid(tmp_path)[1].step == 5
+
+
+class _Payload:
+    def __reduce__(self) -> Any:
+        return os.mkdir, (self.place,)
+
+    def __init__(self, place: str) -> None:
+        self.place = place
+
+
+def test_a_pickle_in_the_place_of_a_part_is_refused_without_being_executed(tmp_path: Path) -> None:
+    run_ranks(_one_step, 1, tmp_path)
+    folder, trap = tmp_path / "step-00000001", tmp_path / "executed"
+    commit = read_commit(folder)
+    part = folder / commit.parts[0].file
+    part.write_bytes(pickle.dumps(_Payload(str(trap))))
+    with pytest.raises(CheckpointError, match="bytes instead of"):
+        newest_valid(tmp_path)
+    # Whoever can write the part can write the commit as well.
+    forged = Part(file=part.name, bytes=part.stat().st_size, sha256=hash_file(part))
+    write_commit(folder, commit.model_copy(update={"parts": (forged,)}))
+    path, commit = newest_valid(tmp_path)
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        PartsReader(path, [part.name], commit.shapes)
+    assert not trap.exists()
+
+
+def _last_save_never_works(root: Path) -> tuple[str, list[int]]:
+    engine = toy_engine(toy_config(zero_stage=1))
+    toy_step(engine, 0)
+    writer = CheckpointWriter(root, engine.fragments, None, keep=1)
+    writer.save(snapshot(1), wait=True)
+    os.environ["ARDIST_FAULT"] = "raise@checkpoint.before_commit:116"
+    try:
+        writer.save(snapshot(2), wait=True)
+    except CheckpointError as error:
+        return str(error), [step_of(path) for path in candidates(root)]
+    return "saved", []
+
+
+def test_a_folder_that_went_stale_costs_the_new_checkpoint_and_never_the_old_one(tmp_path: Path) -> None:
+    [(message, steps)] = run_ranks(_last_save_never_works, 1, tmp_path)
+    assert "Stale file handle" in message
+    assert steps == [1]
+
+
+def _folder_vanishes(root: Path) -> list[int]:
+    engine = toy_engine(toy_config(zero_stage=1))
+    toy_step(engine, 0)
+    writer = CheckpointWriter(root, engine.fragments, None, keep=2)
+    writer.save(snapshot(1), wait=True)
+    shutil.rmtree(root)
+    writer.save(snapshot(2), wait=True)
+    return [step_of(path) for path in candidates(root)]
+
+
+def test_a_folder_that_vanished_is_made_again(tmp_path: Path) -> None:
+    assert run_ranks(_folder_vanishes, 1, tmp_path / "checkpoints") == [[2]]
+
+
+def _pruning_fails(root: Path) -> tuple[int | None, dict[str, int]]:
+    engine = toy_engine(toy_config(zero_stage=1))
+    toy_step(engine, 0)
+    writer = CheckpointWriter(root, engine.fragments, None, keep=1)
+    writer.save(snapshot(1), wait=True)
+    os.environ["ARDIST_FAULT"] = "raise@checkpoint.during_prune:5"
+    writer.save(snapshot(2), wait=True)
+    return writer.last_saved, events.snapshot()
+
+
+def test_a_checkpoint_counts_though_the_older_one_could_not_be_removed(tmp_path: Path) -> None:
+    [(saved, counted)] = run_ranks(_pruning_fails, 1, tmp_path)
+    assert saved == 2
+    assert counted == {"checkpoint.prune_failed": 1}
+
+
+def test_an_average_of_a_long_decay_is_found_under_its_older_name(tmp_path: Path) -> None:
+    run_ranks(_one_step, 1, tmp_path)
+    commit = read_commit(tmp_path / "step-00000001")
+    older = commit.model_copy(update={"kinds": ("master", "ema_1"), "ema_decays": (0.99999991,)})
+    newer = commit.model_copy(update={"kinds": ("master", "ema_1", "ema_0.99999991")})
+    assert older.kind_of_ema(0.99999991) == "ema_1"
+    assert newer.kind_of_ema(0.99999991) == "ema_0.99999991"
+    assert older.kind_of_ema(0.5) == "ema_0.5"

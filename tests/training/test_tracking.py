@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+import socket
 import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
+from PIL import Image
 from tiny import tiny_config
 
 from ardist.events import events
+from ardist.inference.video_io import write_mp4
 from ardist.training import tracking
 from ardist.training.tracking import Tracker, open_tracker, run_id
 
 
 @pytest.fixture(autouse=True)
-def _clean_events() -> Any:
+def _clean_events(monkeypatch: pytest.MonkeyPatch) -> Any:
+    # wandb's own processes take their time on a machine that is busy.
+    monkeypatch.setattr(tracking, "FINISH_SECONDS", 90.0)
     events.clear()
     yield
     events.clear()
@@ -73,6 +79,42 @@ def test_wandb_offline_keeps_its_run_id_and_takes_vectors(tmp_path: Path, monkey
     assert events.snapshot() == {}
     ids = {path.name.rsplit("-", 1)[1] for path in (tmp_path / "wandb").glob("offline-run-*")}
     assert ids == {run_id(tmp_path)}
+
+
+def test_wandb_takes_pictures_and_videos(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    (tmp_path / "samples").mkdir()
+    frames = np.zeros((4, 16, 16, 3), np.uint8)
+    write_mp4(tmp_path / "samples" / "s05-video-00.mp4", frames)
+    Image.fromarray(frames[0]).save(tmp_path / "samples" / "frames.png")
+    tracker = open_tracker(tiny_config(tmp_path, tmp_path, tracking__wandb="offline"), tmp_path)
+    media = {"s05-video-00": "samples/s05-video-00.mp4", "frames": "samples/frames.png", "gone": "samples/gone.mp4"}
+    tracker.log({"kind": "samples", "step": 1, "videos": 2, "media": media})
+    tracker.finish()
+    assert events.snapshot() == {}
+    kept = {path.parent.parent.name: path.name for path in (tmp_path / "wandb").rglob("media/*/*/*")}
+    assert kept["videos"].startswith("s05-video-00")
+    assert kept["images"].startswith("frames")
+
+
+@pytest.mark.slow
+def test_a_server_that_never_answers_costs_a_bounded_wait_and_is_worked_around(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tracking, "START_SECONDS", 3.0)
+    with socket.socket() as black_hole:
+        black_hole.bind(("127.0.0.1", 0))
+        black_hole.listen()
+        monkeypatch.delenv("WANDB_MODE", raising=False)
+        monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{black_hole.getsockname()[1]}")
+        monkeypatch.setenv("WANDB_API_KEY", "0123456789" * 4)
+        tracker = open_tracker(tiny_config(tmp_path, tmp_path, tracking__wandb="online"), tmp_path)
+        began = time.monotonic()
+        tracker.log({"kind": "train", "step": 1, "loss": 1.0})
+        assert time.monotonic() - began < 0.1, "the loop does not wait"
+        tracker.finish()
+    assert events.snapshot() == {"tracking.offline": 1}
+    assert list((tmp_path / "wandb").glob(f"offline-run-*-{run_id(tmp_path)}")), "the numbers are kept offline"
 
 
 def test_a_missing_library_is_said_and_survived(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
