@@ -111,6 +111,9 @@ class ARVAELossConfig(Section):
 
     reconstruction: Literal["l1", "l2"] = "l1"
     kl_weight: float = Field(0.0, ge=0, description="0 in the released runs: latents are normalised instead")
+    flicker_weight: float = Field(
+        0.0, ge=0, description="of the error's mean absolute change from frame to frame; for clips; 0: as in the paper"
+    )
     perceptual: Literal["none", "lpips"] = "none"
     perceptual_weight: float = Field(1.0, ge=0)
     vgg_path: str | None = Field(

@@ -122,6 +122,19 @@ def test_sum_of_the_terms() -> None:
     assert total == pytest.approx(0.25 + 0.1 * 2.0)
 
 
+def test_flicker_is_what_changes_in_the_error() -> None:
+    loss = AutoencoderLoss(ARVAELossConfig(flicker_weight=2.0))
+    clip = frames(0) * 0.5
+    still, plain = loss(clip + 0.25, clip, posterior())[1], AutoencoderLoss(ARVAELossConfig())
+    assert still["flicker"] == pytest.approx(0.0, abs=1e-6)
+    error = torch.tensor([0.1, 0.3]).view(1, 2, 1, 1, 1)
+    value, terms = loss(clip + error, clip, posterior())
+    assert terms["flicker"] == pytest.approx(0.2, abs=1e-6)
+    assert value == pytest.approx(0.2 + 2.0 * 0.2, abs=1e-6)
+    assert "flicker" not in plain(clip, clip, posterior())[1]
+    assert "flicker" not in loss(clip[:, :1], clip[:, :1], posterior())[1]
+
+
 def test_kl_without_weight_is_only_watched() -> None:
     mean = torch.full((1, 2, 6, 4), 1e30, requires_grad=True)  # its square overflows, and 0 * inf is no number
     total, terms = AutoencoderLoss(ARVAELossConfig())(frames(0), frames(1), Posterior(mean, torch.zeros_like(mean)))

@@ -97,6 +97,24 @@ def test_the_discriminators_gradient_is_clipped_and_its_rate_is_its_own(data: Pa
     assert 0 < max(float(step) for step in steps) < 4e-4
 
 
+def test_micro_batches_add_up_to_the_batch(data: Path) -> None:
+    """Gradients, not only what AdamW makes of them: it would hide a wrong scale."""
+    frames = read_samples(data).values.permute(0, 1, 4, 2, 3).float() / 255
+    states = []
+    for size in (8, 4):
+        config = ar_vae_config(data, data, training__micro_batch_size=size, optimizer__grad_clip=0.0)
+        adversary = Adversary(config, ALONE)
+        adversary.begin(0)
+        for part in frames.split(size):
+            verdict = adversary.judge((part * 0.5).requires_grad_(), part)
+            adversary.compare(part.mean() * torch.ones(3, 2, 3, 3), verdict.gradient.sum() * torch.ones(3, 2, 3, 3))
+        adversary.step(1e-3, False)
+        states.append(adversary.state())
+    for name, value in states[0].items():
+        if name.startswith("exp_avg."):
+            torch.testing.assert_close(states[1][name], value, rtol=1e-3, atol=1e-7)
+
+
 def test_another_discriminators_state_is_refused(data: Path) -> None:
     small = Adversary(ar_vae_config(data, data), ALONE)
     large = Adversary(ar_vae_config(data, data, ar_vae_loss={**ADVERSARY, "discriminator_channels": 8}), ALONE)

@@ -1,4 +1,4 @@
-"""The autoencoder's own loss: reconstruction, perceptual distance, KL. The discriminator has a module of its own.
+"""The autoencoder's own loss: reconstruction, flicker, perceptual distance, KL; the discriminator is elsewhere.
 
 Scale: every term is a mean over values, so weights mean the same at any resolution, clip length and batch size.
 """
@@ -46,10 +46,14 @@ class AutoencoderLoss(nn.Module):
     def distance(
         self, reconstruction: Float[Tensor, "b f 3 h w"], frames: Float[Tensor, "b f 3 h w"]
     ) -> tuple[Float[Tensor, ""], dict[str, Tensor]]:
-        """Reconstruction + perceptual loss, and both without weight and gradient."""
+        """Reconstruction + flicker + perceptual loss, and each without weight and gradient."""
         config = self.config
         total = reconstruction_loss(config.reconstruction, reconstruction, frames)
         terms: dict[str, Tensor] = {config.reconstruction: total.detach()}
+        if config.flicker_weight and frames.shape[1] > 1:
+            flicker = (reconstruction.float() - frames.float()).diff(dim=1).abs().mean()
+            total = total + config.flicker_weight * flicker
+            terms["flicker"] = flicker.detach()
         if self.lpips is not None:
             images = [part.flatten(0, 1).float() * 2.0 - 1.0 for part in (reconstruction, frames)]
             perceptual = self.lpips(*images).mean()
