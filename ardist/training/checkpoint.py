@@ -118,6 +118,10 @@ class CheckpointWriter:
                 events.count("checkpoint.abandoned", seconds=timeout)
             self._thread = None
 
+    def snapshot_buffers(self) -> list[torch.Tensor]:
+        """The host memory that a save copies into, for whoever wants to know what it costs."""
+        return list(self._host.buffers.values())
+
     def _whole_tensors(self) -> dict[str, Tensors]:
         """Rank 0: the files that are not cut into fragments, by name; those without tensors are left out."""
         files = {EXTRA_FILE: self._module_extras()}
@@ -129,7 +133,7 @@ class CheckpointWriter:
         """Rank 0: buffers and frozen parameters of the model, which no optimiser fragment holds."""
         module = self.fragments.engine.module
         if self._frozen is None:
-            self._frozen = _gather_frozen(module)
+            self._frozen = self.fragments.frozen.whole()
         kept = set(module.state_dict().keys()) - set(self._frozen)
         buffers = {name: b.detach().cpu().clone() for name, b in module.named_buffers() if name in kept}
         return {**self._frozen, **buffers} if self.world.is_main else {}
@@ -215,15 +219,3 @@ class CheckpointWriter:
             state=snapshot.state,
             versions={name: version(name) for name in ("ardist", "torch", "deepspeed")},
         )
-
-
-def _gather_frozen(module: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """Parameters that are not trained, whole, on the host; under ZeRO-3 they are partitioned too (collective)."""
-    frozen = {name: p for name, p in module.named_parameters() if not p.requires_grad}
-    if not frozen:
-        return {}
-    from deepspeed.runtime.zero import GatheredParameters
-
-    partitioned = [p for p in frozen.values() if hasattr(p, "ds_id")]
-    with GatheredParameters(partitioned, enabled=bool(partitioned)):
-        return {name: p.detach().float().cpu().clone() for name, p in frozen.items()}

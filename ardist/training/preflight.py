@@ -6,6 +6,7 @@ import logging
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from ardist import fault
 from ardist.config import TrainConfig, batch_layout
@@ -13,6 +14,9 @@ from ardist.data.manifest import Manifest, load_manifest
 from ardist.data.order import check_layout
 from ardist.errors import ArdistError, CheckpointError, ConfigError, DataError
 from ardist.events import events
+from ardist.models.ar_vae.discriminator import smallest_side
+from ardist.models.ar_vae.losses import AutoencoderLoss
+from ardist.models.ar_vae.perceptual import SMALLEST
 from ardist.storage import is_remote
 from ardist.training.callbacks.sampled_videos import samples_problems
 from ardist.training.commit import Commit
@@ -102,11 +106,21 @@ def _machine_problems(config: TrainConfig) -> Iterator[str]:
         yield f"training.offload: {training.offload} compiles DeepSpeed's Adam here, which needs {missing}; legal: none"
     if not uses_gpu() and training.precision == "fp16":
         yield "training.precision: fp16 needs a GPU; legal on a CPU: bf16, fp32"
-    if training.compile and config.task == "ar_vae":
-        yield "training.compile: only the denoiser is compiled; legal for task ar_vae: false"
+    if training.compile and training.zero_stage == 3 and config.task == "ar_vae":
+        yield "training.compile: the AR-VAE is compiled as a whole, which ZeRO-3 cuts into pieces; legal with 3: false"
+    yield from _perceptual_problems(config)
     source = config.init_from
     if source is not None and not is_remote(source) and not Path(source).expanduser().is_dir():
         yield f"init_from: {config.init_from!r} is not a directory"
+
+
+def _perceptual_problems(config: TrainConfig) -> Iterator[str]:
+    """The files of the perceptual loss are there and undamaged, before every rank reads them."""
+    if config.task == "ar_vae" and config.ar_vae_loss.perceptual == "lpips":
+        try:
+            AutoencoderLoss(config.ar_vae_loss)
+        except CheckpointError as error:
+            yield f"ar_vae_loss.perceptual: {error}"
 
 
 def _layout_problems(config: TrainConfig, world_size: int, manifests: Mapping[str, Manifest | None]) -> Iterator[str]:
@@ -161,6 +175,14 @@ def _shape_problems(config: TrainConfig, manifest: Manifest) -> Iterator[str]:
         autoencoder = config.ar_vae
         assert autoencoder is not None
         _, height, width, _ = manifest.shape
+        if config.ar_vae_loss.perceptual == "lpips" and min(height, width) < SMALLEST:
+            yield f"holds frames of {height}x{width}; ar_vae_loss.perceptual: lpips needs {SMALLEST}x{SMALLEST} or more"
+        least = smallest_side(config.ar_vae_loss.discriminator_layers)
+        if config.ar_vae_loss.adversarial_weight and min(height, width) < least:
+            yield (
+                f"holds frames of {height}x{width}; a discriminator of "
+                f"{config.ar_vae_loss.discriminator_layers} layers needs {least}x{least} or more"
+            )
         if height % autoencoder.patch_size or width % autoencoder.patch_size:
             yield f"holds frames of {height}x{width}; the AR-VAE needs multiples of patch_size={autoencoder.patch_size}"
 
@@ -217,6 +239,8 @@ def identity_problems(commit: Commit, config: TrainConfig) -> Iterator[str]:
             (f"diffusion.{name}", ours["diffusion"][name], theirs.get("diffusion", {}).get(name))
             for name in DIFFUSION_IDENTITY
         ]
+    else:
+        pairs += _autoencoder_pairs(ours, theirs)
     for name, mine, saved in pairs:
         if isinstance(mine, dict) and isinstance(saved, dict):
             changed = {key for key in {*mine, *saved} if mine.get(key) != saved.get(key)} - {"attention_backend"}
@@ -228,6 +252,15 @@ def identity_problems(commit: Commit, config: TrainConfig) -> Iterator[str]:
     missing = sorted(set(config.training.ema_decays) - set(commit.ema_decays))
     if missing:
         yield _other_run("training.ema_decays", f"{list(commit.ema_decays)} has no {missing}", commit)
+
+
+def _autoencoder_pairs(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:
+    """What is trained, and the shape of the discriminator where both runs have one."""
+    yield "trainable", ours["trainable"], theirs.get("trainable", "all")
+    mine, saved = ours["ar_vae_loss"], theirs.get("ar_vae_loss", {})
+    if mine["adversarial_weight"] and saved.get("adversarial_weight"):
+        for name in ("discriminator_channels", "discriminator_layers"):
+            yield f"ar_vae_loss.{name}", mine[name], saved[name]
 
 
 def _other_run(name: str, details: str, commit: Commit) -> str:

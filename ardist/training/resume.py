@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -13,6 +12,7 @@ from ardist.training.commit import Commit
 from ardist.training.distributed import World
 from ardist.training.ema import ShardedEMA
 from ardist.training.fragments import MOMENTS, Fragments
+from ardist.training.initial import CheckpointWeights, fill, shape_difference
 from ardist.training.parts import EXTRA_FILE, PartsReader, decay_text, holds_fragments
 from ardist.training.store import CheckpointStore, FolderStore
 
@@ -101,10 +101,7 @@ def restore(path: Path, commit: Commit, fragments: Fragments, ema: ShardedEMA | 
 @torch.no_grad()
 def load_weights(path: Path, commit: Commit, fragments: Fragments, kind: str = "master") -> None:
     """Weights only (``--init-from``): masters from the checkpoint's `kind`, no optimiser state. Collective."""
-    files = [part.file for part in commit.parts if holds_fragments(part.file)]
-    _read_weights(PartsReader(path, files, commit.shapes), kind, fragments)
-    _restore_extras(path, commit, fragments)
-    fragments.refresh_working_weights()
+    fill(CheckpointWeights(path, commit, kind), fragments)
 
 
 def _read_weights(reader: PartsReader, kind: str, fragments: Fragments) -> None:
@@ -120,34 +117,19 @@ def _read_weights(reader: PartsReader, kind: str, fragments: Fragments) -> None:
             reader.read_into(kind, fragment.name, fragment.start, stretch)
 
 
-def shape_difference(saved: Mapping[str, list[int]], wanted: Mapping[str, list[int]]) -> str:
-    """First few differences between two sets of parameter shapes; empty when they are equal."""
-    lines = [f"{name!r} is missing there" for name in wanted if name not in saved]
-    lines += [f"{name!r} is not in this model" for name in saved if name not in wanted]
-    lines += [
-        f"{name!r} is {list(saved[name])} there and {list(shape)} here"
-        for name, shape in wanted.items()
-        if name in saved and list(saved[name]) != list(shape)
-    ]
-    return "; ".join(lines[:3]) + (f"; and {len(lines) - 3} more" if len(lines) > 3 else "")
-
-
 def _restore_extras(path: Path, commit: Commit, fragments: Fragments) -> None:
     if not any(part.file == EXTRA_FILE for part in commit.parts):
         return
-    from deepspeed.runtime.zero import GatheredParameters
     from safetensors.torch import load_file
 
     values = load_file(path / EXTRA_FILE)
-    module = fragments.engine.module
-    targets: dict[str, torch.Tensor] = dict(module.named_buffers())
-    targets |= {name: p for name, p in module.named_parameters() if not p.requires_grad}
-    partitioned = [t for n, t in targets.items() if n in values and hasattr(t, "ds_id")]
-    with GatheredParameters(partitioned, modifier_rank=0, enabled=bool(partitioned)):
-        for name, value in values.items():
-            if name not in targets:
-                raise CheckpointError(f"{path} holds {name!r}, which this model does not have")
-            targets[name].data.copy_(value)
+    buffers = dict(fragments.engine.module.named_buffers())
+    frozen = {name: value for name, value in values.items() if name in fragments.frozen.shapes}
+    for name in set(values) - set(frozen):
+        if name not in buffers:
+            raise CheckpointError(f"{path} holds {name!r}, which this model does not have")
+        buffers[name].copy_(values[name])
+    fragments.frozen.assign(frozen)
 
 
 def weights_kind(commit: Commit, wanted: str) -> str:

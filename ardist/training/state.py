@@ -12,10 +12,12 @@ from typing import TYPE_CHECKING, Any
 
 from ardist.errors import CheckpointError, ConfigError
 from ardist.events import events
+from ardist.models.weights import CONFIG_FILE
 from ardist.storage import is_remote
 from ardist.training import commit as commits
 from ardist.training import resume
 from ardist.training.checkpoint import Snapshot
+from ardist.training.initial import bundle_weights, fill
 from ardist.training.object_store import ObjectStore, staging_folder
 from ardist.training.preflight import identity_problems
 from ardist.training.store import CheckpointStore, FolderStore, parts_problem
@@ -95,8 +97,11 @@ def resume_or_begin(trainer: Trainer) -> None:
         if trainer.world.is_main:
             _say_resumed(trainer, path, commit)
         return
-    if trainer.config.init_from is not None:
-        _init_from(trainer, trainer.config.init_from)
+    source = trainer.config.init_from
+    if source is not None and (Path(source).expanduser() / CONFIG_FILE).is_file():
+        _init_from_bundle(trainer, Path(source).expanduser())
+    elif source is not None:
+        _init_from(trainer, source)
     if trainer.ema is not None:
         trainer.ema.restart()
 
@@ -158,6 +163,13 @@ def _weights_source(trainer: Trainer, source: str) -> tuple[CheckpointStore, tup
     if problem is not None:
         raise CheckpointError(f"init_from: {root}: {problem}")
     return FolderStore(root.parent), (root, commit)
+
+
+def _init_from_bundle(trainer: Trainer, bundle: Path) -> None:
+    weights = bundle_weights(bundle, trainer.config.task, trainer.config.init_weights)
+    fill(weights, trainer.engine.fragments)
+    if trainer.world.is_main:
+        _log.info("started from the weights of the bundle %s", bundle)
 
 
 def _say_resumed(trainer: Trainer, path: Path, commit: commits.Commit) -> None:
