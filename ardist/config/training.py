@@ -96,6 +96,9 @@ class TrainingConfig(Section):
     log_every: int = Field(10, ge=1)
     timeout_minutes: float = Field(30, gt=0, description="how long a rank waits for the others in a collective")
     ema_decays: tuple[Decay, ...] = (0.9999,)
+    dry_run: bool = Field(
+        True, description="run the largest micro-batch once before the first step: out of memory shows at once"
+    )
     stop_after: int | None = Field(
         None, ge=1, description="save and stop with exit code 75 after this step, as if preempted"
     )

@@ -32,6 +32,7 @@ from ardist.training.dataset import TrainingSet
 from ardist.training.distributed import World
 from ardist.training.ema import ShardedEMA
 from ardist.training.engine import Engine, StepOutcome
+from ardist.training.dry_run import dry_run
 from ardist.training.heartbeat import Phase, heartbeat
 from ardist.training.object_store import open_store
 from ardist.training.objectives import build_objective
@@ -169,6 +170,8 @@ class Trainer:
         heartbeat.resumed(first_step)
 
         while self.step < self.total_steps and not self.stopping:
+        if self.config.training.dry_run and first_step < self.total_steps and not self.stopping:
+            dry_run(self)
             self.advance()
 
         heartbeat.enter(Phase.END)

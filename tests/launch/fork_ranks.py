@@ -6,7 +6,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -95,10 +95,16 @@ def _rank(variables: dict[str, str], words: list[str]) -> int:
 
 
 class TrainingJob:
-    """A supervised training of tiny ranks. `faults` are the ARDIST_FAULT of the first attempts, one after the other."""
+    """A supervised training of tiny ranks; `faults` are the ARDIST_FAULT of its attempts, counted from 1."""
 
     def __init__(
-        self, directory: Path, data: Path, *, faults: tuple[str, ...] = (), ranks: int = 2, **changes: Any
+        self,
+        directory: Path,
+        data: Path,
+        *,
+        faults: Sequence[str] | Callable[[int], str] = (),
+        ranks: int = 2,
+        **changes: Any,
     ) -> None:
         self.directory = directory
         self.run_dir = directory / "run"
@@ -121,7 +127,10 @@ class TrainingJob:
         node = ForkNode("localhost", self.limits)
         self.nodes.append(node)
         placement = Placement((Host("localhost", self.ranks),), 0, "127.0.0.1", free_port())
-        fault = self.faults[attempt - 1] if attempt <= len(self.faults) else ""
+        if callable(self.faults):
+            fault = self.faults(attempt)
+        else:
+            fault = self.faults[attempt - 1] if attempt <= len(self.faults) else ""
         environment = {"ARDIST_FAULT": fault, goodput.JOB_VARIABLE: f"{job}:{attempt}"}
         node.fork(placement, [str(self.path)], environment | {"RANK_LOG": str(self.directory / "stderr-")})
         return [node]
