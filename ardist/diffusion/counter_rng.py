@@ -77,12 +77,7 @@ def random_bits(
     _check_address(seed, epoch, purpose, count, offset)
     first, end = offset // 4, -(-(offset + count) // 4)
     if _is_small_and_here(sample_ids, end - first):
-        ids = sample_ids.numpy().view(np.uint64)[:, None]
-        numbers = np.arange(first, end, dtype=np.uint64)[None]
-        tags = np.full((1, 1), epoch << 8 | purpose, dtype=np.uint64)
-        counter = (numbers, tags, ids & np.uint64(_WORD), ids >> np.uint64(32))
-        host = torch.from_numpy(philox4x32_host(counter, (seed & _WORD, seed >> 32)).view(np.int64))
-        return host.flatten(1)[:, offset - 4 * first :][:, :count]
+        return _host_blocks(seed, epoch << 8 | purpose, sample_ids, first, end)[:, offset - 4 * first :][:, :count]
     # The mask changes no value: it keeps a compiler from folding the index into Philox's first product, which would
     # then be computed in the 32 bits of index arithmetic.
     blocks = torch.arange(first, end, device=sample_ids.device).unsqueeze(0) & _WORD
@@ -90,6 +85,15 @@ def random_bits(
     ids = sample_ids.unsqueeze(1)
     words = philox4x32((blocks, tag, ids & _WORD, (ids >> 32) & _WORD), (seed & _WORD, seed >> 32))
     return torch.stack(words, dim=-1).flatten(1)[:, offset - 4 * first :][:, :count]
+
+
+def _host_blocks(seed: int, tag: int, sample_ids: Tensor, first: int, end: int) -> Tensor:
+    """The words of the blocks [first, end) of each sample, int64 [b, 4 * (end - first)]."""
+    ids = sample_ids.numpy().view(np.uint64)[:, None]
+    numbers = np.arange(first, end, dtype=np.uint64)[None]
+    tags = np.full((1, 1), tag, dtype=np.uint64)
+    counter = (numbers, tags, ids & np.uint64(_WORD), ids >> np.uint64(32))
+    return torch.from_numpy(philox4x32_host(counter, (seed & _WORD, seed >> 32)).view(np.int64)).flatten(1)
 
 
 def _is_small_and_here(sample_ids: Tensor, blocks: int) -> bool:
