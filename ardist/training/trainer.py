@@ -18,11 +18,13 @@ from ardist.training import distributed
 from ardist.training.adversary import ADVERSARY_FILE, build_adversary
 from ardist.training.batches import DeviceCopy, cut
 from ardist.training.callbacks import Callback
+from ardist.training.callbacks.ar_vae_health import DiscriminatorSkips, LatentCheck
 from ardist.training.callbacks.checkpoints import Checkpoints
 from ardist.training.callbacks.metrics import MetricsLog
 from ardist.training.callbacks.numerics import SkippedSteps
 from ardist.training.callbacks.profiler import Profiler
 from ardist.training.callbacks.progress import ProgressBar
+from ardist.training.callbacks.reconstructions import Reconstructions
 from ardist.training.callbacks.replicas import ReplicaCheck
 from ardist.training.callbacks.sampled_videos import SampledVideos
 from ardist.training.callbacks.samples import SampleLog
@@ -30,9 +32,9 @@ from ardist.training.callbacks.validation import Validation
 from ardist.training.checkpoint import CheckpointWriter
 from ardist.training.dataset import TrainingSet
 from ardist.training.distributed import World
+from ardist.training.dry_run import dry_run
 from ardist.training.ema import ShardedEMA
 from ardist.training.engine import Engine, StepOutcome
-from ardist.training.dry_run import dry_run
 from ardist.training.heartbeat import Phase, heartbeat
 from ardist.training.object_store import open_store
 from ardist.training.objectives import build_objective
@@ -169,9 +171,10 @@ class Trainer:
         first_step = self.step
         heartbeat.resumed(first_step)
 
-        while self.step < self.total_steps and not self.stopping:
         if self.config.training.dry_run and first_step < self.total_steps and not self.stopping:
             dry_run(self)
+
+        while self.step < self.total_steps and not self.stopping:
             self.advance()
 
         heartbeat.enter(Phase.END)
@@ -213,8 +216,8 @@ class Trainer:
             if (factor := fault.point("trainer.loss")) is not None:
                 loss = loss * float(factor or "nan")
             self.engine.backward(loss)
-            self.window.add(loss, metrics)
             heartbeat.advance()  # whoever hangs before this line keeps those waiting who are behind it
+            self.window.add(loss, metrics)
             self.losses.append(loss.detach())
 
         fault.point("trainer.before_step")
@@ -255,6 +258,7 @@ class Trainer:
 
 def built_in_callbacks(config: TrainConfig) -> list[Callback]:
     """Everything that is not the step, in its order: what is counted is logged after it, what is logged is saved."""
+    autoencoder = config.task == "ar_vae"
     callbacks: list[tuple[bool, Callback]] = [
         (config.debug.log_sample_ids, SampleLog()),
         (True, SkippedSteps()),
@@ -262,6 +266,9 @@ def built_in_callbacks(config: TrainConfig) -> list[Callback]:
         (True, MetricsLog()),
         (True, ProgressBar()),
         (config.validation.path is not None, Validation()),
+        (autoencoder and config.validation.path is not None, Reconstructions()),
+        (autoencoder, LatentCheck()),
+        (autoencoder, DiscriminatorSkips()),
         (config.samples.every is not None, SampledVideos()),
         (config.debug.profile_step is not None, Profiler()),
         (True, Checkpoints()),
