@@ -98,7 +98,7 @@ class Adversary:
         (gradient,) = torch.autograd.grad(loss, reconstruction, retain_graph=True)
         own = discriminator_hinge_loss(real, fake)
         if (factor := fault.point("adversary.loss")) is not None:
-            own = own * float(factor)
+            own = own * float(factor or "nan")
         parameters = list(self.model.parameters())
         (own / self.accumulation).backward(inputs=parameters)
         terms = {
