@@ -11,7 +11,7 @@ from ardist import fault
 from ardist.config.loading import check
 from ardist.data.manifest import Manifest
 from ardist.data.sample import npy_size
-from ardist.errors import DataError
+from ardist.errors import DataError, choose
 from ardist.events import events
 from ardist.storage import Storage, is_remote, open_storage
 from data_tools import layout
@@ -29,6 +29,8 @@ from data_tools.staging import staging_folder
 from data_tools.worker import run_worker
 from data_tools.workers import Task, WorkerPool
 
+EXECUTORS = ("local", "ray")
+
 
 @dataclass(frozen=True)
 class BuildOptions:
@@ -41,6 +43,10 @@ class BuildOptions:
     pace: Pace = field(default_factory=Pace)
     shard: ShardSettings = field(default_factory=ShardSettings)
     start_method: str = "spawn"
+    executor: str = "local"
+
+    def __post_init__(self) -> None:
+        choose("executor", self.executor, EXECUTORS)
 
 
 @dataclass
@@ -103,8 +109,12 @@ def build(
         plan = plan or _freeze(storage, claim, labels, options, progress)
         warn_of_other_tools(plan)
         progress.planned(plan.num_shards, len(plan.rows), len(committed(storage)))
-        if options.workers > 1:
-            task = Task(out, encoder, options.shard, options.pace)
+        task = Task(out, encoder, options.shard, options.pace)
+        if options.executor == "ray":
+            from data_tools.ray_executor import RayPool
+
+            RayPool(task, options.workers, progress).run(storage, plan)
+        elif options.workers > 1:
             WorkerPool(task, options.workers, progress, options.start_method).run(storage, plan)
         else:
             with staging_folder(storage) as staging:

@@ -56,6 +56,15 @@ def build(
     num_frames: Annotated[int, _option("Frames of a clip.", CLIPS, "N", min=1)] = 16,
     size: Annotated[int, _option("Height and width: short side resized, centre cropped.", CLIPS, "N", min=8)] = 256,
     stride: Annotated[int, _option("Frames from the start of a clip to the next's.", CLIPS, "N", min=1)] = 16,
+    group: Annotated[
+        list[str] | None,
+        _option(
+            "Instead of the three above, may be given several times: shard groups side by side, each a dataset of its "
+            "own below --out, as 16x256 or 1x512x30.",
+            CLIPS,
+            "FRAMESxSIZE[xSTRIDE]",
+        ),
+    ] = None,
     fps: Annotated[str | None, _option("Frames per second, as 8 or 30000/1001. Without: native.", CLIPS, "N")] = None,
     max_clips_per_video: Annotated[int | None, _option("Evenly spaced ones, of more.", CLIPS, "N", min=1)] = None,
     portion: Annotated[
@@ -69,7 +78,9 @@ def build(
     ] = False,
     samples_per_shard: Annotated[int | None, _option("Without: what makes about 256 MiB.", CLIPS, "N", min=1)] = None,
     precision: Annotated[str, _option("fp32 or bf16.", LATENTS, "NAME")] = "fp32",
-    device: Annotated[str, _option("auto, cpu, cuda or cuda:1.", LATENTS, "NAME")] = "auto",
+    device: Annotated[
+        str, _option("auto (every GPU, else cpu), cpu, cuda, or some: cuda:0,cuda:2.", LATENTS, "NAMES")
+    ] = "auto",
     batch_frames: Annotated[int, _option("Frames per forward of the AR-VAE.", LATENTS, "N", min=1)] = 128,
     max_bad: Annotated[
         float, _option("Exit with 3 when a larger fraction of videos or clips was refused.", LIMITS, "F", min=0, max=1)
@@ -79,15 +90,24 @@ def build(
     video_timeout: Annotated[float, _option("Give a decoder that hangs up after this.", LIMITS, "S", min=1)] = 300.0,
     limit_videos: Annotated[int | None, _option("Only the first N good videos.", LIMITS, "N", min=1)] = None,
     limit_clips: Annotated[int | None, _option("Only the first N clips of the plan.", LIMITS, "N", min=1)] = None,
-    workers: Annotated[int, _option("Processes that build shards side by side.", HERE, "N", min=1)] = 1,
-    decoders: Annotated[int, _option("Videos decoded at once per process; 0: one per core.", HERE, "N", min=0)] = 0,
+    executor: Annotated[
+        str, _option("**local** processes, or **ray**: actors of a Ray cluster that runs already.", HERE, "NAME")
+    ] = "local",
+    workers: Annotated[
+        int | None, _option("Processes that build shards side by side. Without: one per device.", HERE, "N", min=1)
+    ] = None,
+    decoders: Annotated[
+        int, _option("Videos decoded at once per process; 0: all cores shared out.", HERE, "N", min=0)
+    ] = 0,
     queue_mib: Annotated[
         int, _option("Most memory for decoded frames that wait, per process.", HERE, "N", min=1)
     ] = 512,
     worker: Annotated[
         bool,
         typer.Option(
-            "--worker", help="One of many tasks of a cluster job: lines instead of bars.", rich_help_panel=HERE
+            "--worker",
+            help="One of many tasks of a Slurm or torchrun job: its own GPU and log, lines instead of bars.",
+            rich_help_panel=HERE,
         ),
     ] = False,
     log: Annotated[Path | None, _option("JSONL. Without: build-log.jsonl in a local --out.", HERE, "FILE")] = None,
@@ -106,36 +126,54 @@ def build(
     """
     from data_tools.build import BuildOptions, make_parameters
     from data_tools.build import build as run_build
+    from data_tools.cluster import cluster_task
     from data_tools.decode import DecodeSettings
     from data_tools.encode import EncoderChoice, default_threads
+    from data_tools.groups import Group, check_place, parse_groups, record_groups
     from data_tools.labels import read_labels
+    from data_tools.lease import worker_name
     from data_tools.progress import ConsoleProgress
     from data_tools.shard import ShardSettings
 
     choice = EncoderChoice(encoder, device, precision, batch_frames)
-    known = read_labels(labels) if labels is not None else None
-    parameters = make_parameters(
-        choice.make(),
-        samples_per_shard=samples_per_shard,
-        num_frames=num_frames,
-        size=size,
-        stride=stride,
-        fps=fps,
-        max_clips_per_video=max_clips_per_video,
-        portion=_portion(portion),
-        labels_digest=known.digest if known else None,
-        classes_from_folders=classes_from_folders,
-        limit_videos=limit_videos,
-        limit_clips=limit_clips,
-        max_pixels=max_pixels,
-        max_seconds=max_seconds,
-    )
-    threads = decoders or max(1, default_threads() // workers)
+    task = cluster_task() if worker else None
+    if task is not None and workers is None:
+        choice = choice.for_worker(task.local)
+    elsewhere = executor == "ray"
+    count = workers or (1 if elsewhere else len(choice.devices()))
+    threads = decoders or (1 if elsewhere else max(1, default_threads() // count))
     shard = ShardSettings(threads, queue_mib * 2**20, replace(DecodeSettings(), timeout=video_timeout))
-    options = BuildOptions(workers=workers, max_bad=max_bad, shard=shard)
-    log = log or open_storage(out).local_path("build-log.jsonl")
-    with ConsoleProgress(console, log, bars=not worker) as progress:
-        run_build(videos, out, choice, parameters, labels=known, options=options, progress=progress)
+    options = BuildOptions(workers=count, max_bad=max_bad, shard=shard, executor=executor)
+    known = read_labels(labels) if labels is not None else None
+    groups = parse_groups(group or [], stride)
+    check_place(out, groups)
+    identity = (choice.on_cpu() if count > 1 or elsewhere else choice).make()
+    parameters = {
+        each: make_parameters(
+            identity,
+            samples_per_shard=samples_per_shard,
+            num_frames=each.num_frames,
+            size=each.size,
+            stride=each.stride,
+            fps=fps,
+            max_clips_per_video=max_clips_per_video,
+            portion=_portion(portion),
+            labels_digest=known.digest if known else None,
+            classes_from_folders=classes_from_folders,
+            limit_videos=limit_videos,
+            limit_clips=limit_clips,
+            max_pixels=max_pixels,
+            max_seconds=max_seconds,
+        )
+        for each in groups or [Group(num_frames, size, stride)]
+    }
+    log_name = f"build-log-{worker_name()}.jsonl" if worker else "build-log.jsonl"
+    for each, chosen in parameters.items():
+        place = f"{out.rstrip('/')}/{each.name}" if groups else out
+        with ConsoleProgress(console, log or open_storage(place).local_path(log_name), bars=not worker) as progress:
+            run_build(videos, place, choice, chosen, labels=known, options=options, progress=progress)
+        if groups:
+            record_groups(out, [each])
 
 
 @app.command()
@@ -148,19 +186,25 @@ def verify(
     Reads every byte of every shard: hashes, tar structure, sample shapes, finite latents and their statistics, and
     that plan, commits, quarantine and manifest agree. Objects that belong to nothing are noted, not held against it.
     """
+    from data_tools.groups import datasets_at
     from data_tools.verify import verify as run_verify
 
-    report = run_verify(dataset, quick=quick)
-    for note in report.notes:
-        console.print(f"note: {note}", highlight=False, markup=False, soft_wrap=True)
-    if report.problems:
-        lines = "\n".join(f"  {problem}" for problem in report.problems)
-        raise DataError(f"{report.url}: {len(report.problems)} problems\n{lines}")
-    how = "quick look, shards not read" if quick else "every byte read"
-    console.print(
-        f"{report.url}: {report.samples} samples in {report.shards} shards are as they were built ({how})",
-        soft_wrap=True,
-    )
+    complaints = []
+    for address in datasets_at(dataset):
+        report = run_verify(address, quick=quick)
+        for note in report.notes:
+            console.print(f"note: {note}", highlight=False, markup=False, soft_wrap=True)
+        if report.problems:
+            lines = "\n".join(f"  {problem}" for problem in report.problems)
+            complaints.append(f"{report.url}: {len(report.problems)} problems\n{lines}")
+            continue
+        how = "quick look, shards not read" if quick else "every byte read"
+        console.print(
+            f"{report.url}: {report.samples} samples in {report.shards} shards are as they were built ({how})",
+            soft_wrap=True,
+        )
+    if complaints:
+        raise DataError("\n".join(complaints))
 
 
 @app.command()
@@ -169,12 +213,17 @@ def stats(
     png: Annotated[Path | None, typer.Option(help="Also draw shards, classes and latents into this file.")] = None,
 ) -> None:
     """Show counts, sizes, latent mean and deviation, classes and what was refused; reads no sample."""
+    from data_tools.groups import datasets_at
     from data_tools.stats import picture, statistics, table
 
-    found = statistics(dataset)
-    if png is not None:
-        picture(found, png)
-    Console().print(table(found))
+    addresses = datasets_at(dataset)
+    if png is not None and len(addresses) > 1:
+        raise ConfigError(f"--png draws one dataset; {dataset} holds {', '.join(addresses)}")
+    for address in addresses:
+        found = statistics(address)
+        if png is not None:
+            picture(found, png)
+        Console().print(table(found))
 
 
 @app.command()
@@ -206,13 +255,15 @@ def gc(
 ) -> None:
     """Remove what belongs to nothing: shards of lost races, unfinished files, stale leases and uploads."""
     from data_tools.gc import collect
+    from data_tools.groups import datasets_at
 
-    garbage = collect(dataset, older_than=older_than * 3600, dry_run=dry_run)
-    for name in garbage.names:
-        console.print(name, highlight=False, markup=False, soft_wrap=True)
-    done = "would be removed" if dry_run else "removed"
-    uploads = f", {garbage.uploads} unfinished uploads aborted" if garbage.uploads else ""
-    console.print(f"{len(garbage.names)} objects, {garbage.bytes / 2**20:.1f} MiB {done}{uploads}", soft_wrap=True)
+    for address in datasets_at(dataset):
+        garbage = collect(address, older_than=older_than * 3600, dry_run=dry_run)
+        for name in garbage.names:
+            console.print(name, highlight=False, markup=False, soft_wrap=True)
+        done = "would be removed" if dry_run else "removed"
+        uploads = f", {garbage.uploads} unfinished uploads aborted" if garbage.uploads else ""
+        console.print(f"{len(garbage.names)} objects, {garbage.bytes / 2**20:.1f} MiB {done}{uploads}", soft_wrap=True)
 
 
 @app.command()

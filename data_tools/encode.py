@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -148,34 +149,58 @@ class EncoderChoice:
         """Load the encoder, once per process; raises `ConfigError`, `HardwareError`, `CheckpointError`."""
         return _load(self)
 
-    def for_worker(self, number: int) -> EncoderChoice:
-        """The same on one of this machine's GPUs, where there are several and none was named."""
-        if self.name == "pixels" or self.device not in ("auto", "cuda"):
-            return self
-        import torch
+    def device_names(self) -> list[str]:
+        """What was asked for, whether it is here or not; raises `ConfigError` for what is no device."""
+        names = self.device.split(",")
+        for name in names:
+            if re.fullmatch(r"auto|cpu|cuda(:\d+)?", name) is None:
+                raise ConfigError(
+                    f"--device {name!r} is not a device; legal: auto, cpu, cuda, cuda:N, or several like cuda:0,cuda:1"
+                )
+        return names
 
-        gpus = torch.cuda.device_count()
-        return self if gpus == 0 else replace(self, device=f"cuda:{number % gpus}")
+    def devices(self) -> tuple[str, ...]:
+        """Where workers of this machine encode, in turn; raises `HardwareError` for a device that is not here."""
+        names = self.device_names()
+        if self.name == "pixels":
+            return ("cpu",)
+        return tuple(device for name in names for device in resolve_device(name))
+
+    def for_worker(self, number: int) -> EncoderChoice:
+        """The same on the device of one worker: they take the devices in turn."""
+        devices = self.devices()
+        return replace(self, device=devices[number % len(devices)])
+
+    def on_cpu(self) -> EncoderChoice:
+        """The same on the processor, to read its identity without occupying a GPU."""
+        self.device_names()
+        return replace(self, device="cpu")
 
 
 @functools.lru_cache(maxsize=1)
 def _load(choice: EncoderChoice) -> Encoder:
     precision = cast(Precision, choose("precision", choice.precision, get_args(Precision)))
+    device = choice.devices()[0]
     if choice.name == "pixels":
         return PixelEncoder()
-    device = resolve_device(choice.device)
     return LatentEncoder(choice.name, device=device, precision=precision, batch_frames=choice.batch_frames)
 
 
-def resolve_device(device: str) -> str:
-    """``auto`` means a GPU when there is one; a GPU asked for and absent is a `HardwareError`."""
+def resolve_device(device: str) -> tuple[str, ...]:
+    """``cuda`` means every GPU, ``auto`` the same where there is one; a GPU that is not here is a `HardwareError`."""
+    if device == "cpu":
+        return ("cpu",)
     import torch
 
+    gpus = tuple(f"cuda:{number}" for number in range(torch.cuda.device_count() if torch.cuda.is_available() else 0))
     if device == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise HardwareError(f"--device {device}: this machine has no CUDA device; legal here: cpu")
-    return device
+        return gpus or ("cpu",)
+    if device == "cuda" and gpus:
+        return gpus
+    if device not in gpus:
+        has = f"has {', '.join(gpus)}" if gpus else "has no CUDA device"
+        raise HardwareError(f"--device {device}: this machine {has}; legal here: {', '.join(('cpu', *gpus))}")
+    return (device,)
 
 
 def default_threads() -> int:

@@ -7,7 +7,10 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from ardist.data.manifest import MANIFEST_NAME
+from ardist.errors import DataError
 from ardist.storage import LocalStorage, Storage, open_storage
+from ardist.storage.base import CONDITION_PROBE
 from ardist.storage.local import TEMPORARY
 from data_tools import layout
 from data_tools.finalize import committed, standing_manifest
@@ -31,12 +34,14 @@ def collect(url: str, *, older_than: float, dry_run: bool) -> Garbage:
     Never touched: the manifest's shards, committed shards, and anything young enough to belong to a builder at work.
     """
     storage = open_storage(url)
+    if not any(storage.exists(name) for name in (layout.CLAIM, layout.PLAN, MANIFEST_NAME)):
+        raise DataError(f"{storage.url} holds no dataset; nothing was removed")
     garbage = Garbage()
     needed = _needed(storage)
     finished = standing_manifest(storage) is not None
     loose = (layout.LEASES, layout.PROBES) if finished else ()
     now = time.time()
-    for prefix in (layout.SHARDS, *loose):
+    for prefix in (layout.SHARDS, CONDITION_PROBE, *loose):
         for info in list(storage.walk(prefix)):
             if info.name not in needed and now - info.modified >= older_than:
                 garbage.names.append(info.name)

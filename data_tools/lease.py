@@ -23,6 +23,7 @@ from ardist.errors import ArdistError
 from ardist.events import events
 from ardist.storage import MissingObjectError, Storage
 from data_tools import layout
+from data_tools.cluster import cluster_task
 
 
 @dataclass(frozen=True)
@@ -33,9 +34,11 @@ class Pace:
     poll_seconds: float = 1.0
 
 
-def worker_name() -> str:
-    """A name for this worker that no other has."""
-    return f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(3)}"
+def worker_name(label: str = "") -> str:
+    """A name for this worker that no other has; its place in a cluster job comes first."""
+    task = cluster_task()
+    label = label or (task.label if task else "")
+    return f"{label}{'@' if label else ''}{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(3)}"
 
 
 class Leases:

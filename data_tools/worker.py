@@ -34,11 +34,12 @@ def run_worker(
     pace: Pace,
     staging: Path,
     progress: ShardProgress,
+    label: str = "",
 ) -> int:
     """Lease and build shards until all are committed, by whomever; returns how many this worker built."""
     if not len(plan.rows):
         return 0
-    worker = worker_name()
+    worker = worker_name(label)
     leases = Leases(storage, worker, pace.lease_seconds)
     builder = ShardBuilder(plan, storage, encoder, settings, staging)
     builder.on_progress = progress.advanced

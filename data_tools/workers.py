@@ -26,7 +26,7 @@ from data_tools.progress import Progress
 from data_tools.sandbox import die_with_parent
 from data_tools.shard import Counts, ShardSettings
 from data_tools.staging import staging_folder
-from data_tools.worker import run_worker
+from data_tools.worker import ShardProgress, run_worker
 
 _log = logging.getLogger("data_tools.workers")
 
@@ -56,6 +56,18 @@ class _Relay:
         self._send(("committed", shard, counts))
 
 
+def serve(task: Task, number: int, progress: ShardProgress, label: str = "") -> None:
+    """Be worker `number` of a task until all shards are committed; raises what goes wrong."""
+    storage = open_storage(task.out)
+    plan = load_plan(storage)
+    if plan is None:
+        raise DataError(f"{storage.url} has no plan")
+    encoder = task.encoder.for_worker(number).make()
+    fault.point("build.worker_started")
+    with staging_folder(storage) as staging:
+        run_worker(plan, storage, encoder, task.settings, task.pace, staging, progress, label)
+
+
 def _work(task: Task, number: int, connection: Connection, parent: int) -> None:
     """The life of a worker process."""
     die_with_parent(parent)
@@ -64,14 +76,7 @@ def _work(task: Task, number: int, connection: Connection, parent: int) -> None:
     events.clear()
     status = 0
     try:
-        storage = open_storage(task.out)
-        plan = load_plan(storage)
-        if plan is None:
-            raise DataError(f"{storage.url} has no plan")
-        encoder = task.encoder.for_worker(number).make()
-        fault.point("build.worker_started")
-        with staging_folder(storage) as staging:
-            run_worker(plan, storage, encoder, task.settings, task.pace, staging, _Relay(connection))
+        serve(task, number, _Relay(connection))
     except ArdistError as error:
         connection.send(("failed", error.exit_code, str(error)))
         status = error.exit_code
@@ -125,7 +130,7 @@ class WorkerPool:
             self._ended(connection)
             return
         if kind == "failed":
-            raise _error(number, content)
+            raise error_of(number, content)
         if kind == "events":
             for name, count in content.items():
                 events.count(name, count, level=10, worker="all")
@@ -152,6 +157,7 @@ class WorkerPool:
         self._start(number)
 
 
-def _error(exit_code: int, message: str) -> ArdistError:
+def error_of(exit_code: int, message: str) -> ArdistError:
+    """The error that a worker reported, as one of ours."""
     kinds = {kind.exit_code: kind for kind in (ConfigError, DataError, HardwareError)}
     return kinds.get(exit_code, ArdistError)(message)

@@ -13,6 +13,9 @@ from ardist.errors import DataError, HardwareError, InvalidValueError
 COPY_CHUNK = 8 * 2**20
 """Bytes moved at a time when an object goes to or comes from a file."""
 
+CONDITION_PROBE = "probe-"
+"""How the short-lived objects of `check_conditional_create` begin."""
+
 
 class StorageError(HardwareError):
     """The store cannot be reached, denies the request or has no space."""

@@ -15,6 +15,7 @@ from ardist import fault
 from ardist.errors import InvalidValueError
 from ardist.events import events
 from ardist.storage.base import (
+    CONDITION_PROBE,
     ChangedObjectError,
     MissingObjectError,
     ObjectInfo,
@@ -138,7 +139,7 @@ class S3Storage(Storage):
             return
 
     def check_conditional_create(self) -> None:
-        name = f"probe-{os.getpid()}-{time.time_ns()}"
+        name = f"{CONDITION_PROBE}{os.getpid()}-{time.time_ns()}"
         try:
             if not self.create(name, b"1") or self.create(name, b"2") or self.read(name) != b"1":
                 raise StorageError(

@@ -13,25 +13,11 @@ from s3_servers import FaultProxy, S3Server
 from ardist.data.manifest import load_manifest
 from ardist.errors import ConfigError
 from ardist.storage import Storage, open_storage
-from data_tools import layout
 from data_tools.cli import main
-from data_tools.gc import collect
 from data_tools.lease import Pace
 from data_tools.verify import verify
 
 Child = Callable[[Callable[[], Any], str], int]
-POINTS = [
-    "storage.s3_before_create",
-    "storage.s3_after_create",
-    "storage.s3_before_put",
-    "storage.s3_after_put",
-    "build.before_plan",
-    "build.sample",
-    "build.before_upload_1",
-    "build.before_commit",
-    "build.after_commit",
-    "build.before_manifest",
-]
 
 
 @pytest.fixture(scope="module")
@@ -121,22 +107,3 @@ def test_workers_and_a_kill(three_videos: Path, s3_url: str, digest: str, monkey
     summary = build_small(three_videos, f"{s3_url}/out", workers=2, start_method="fork", pace=pace)
     assert summary.manifest.digest() == digest
     assert not verify(f"{s3_url}/out").problems
-
-
-@pytest.mark.parametrize(
-    "point", [pytest.param(p, marks=() if p == "build.before_commit" else pytest.mark.slow) for p in POINTS]
-)
-@pytest.mark.parametrize("visit", [pytest.param(1, marks=pytest.mark.slow), 2])
-def test_kill_then_run_again(
-    three_videos: Path, s3_url: str, digest: str, in_child: Child, point: str, visit: int
-) -> None:
-    status = in_child(lambda: build_small(three_videos, f"{s3_url}/out"), f"kill@{point}#{visit}")
-    assert status == -9 or (visit == 2 and status == 0)
-    storage = open_storage(f"{s3_url}/out")
-    before = {name: storage.read(name) for name in storage.list(layout.COMMITS)}
-    assert build_small(three_videos, f"{s3_url}/out").manifest.digest() == digest
-    assert before.items() <= {name: storage.read(name) for name in storage.list(layout.COMMITS)}.items()
-    report = verify(f"{s3_url}/out")
-    assert not report.problems
-    assert not report.notes
-    assert not collect(f"{s3_url}/out", older_than=0, dry_run=False).names or point.startswith("storage.")

@@ -9,40 +9,21 @@ from typing import Any
 
 import pytest
 from dt_builds import build_small, samples
+from dt_crashes import BUILD_POINTS, builders, run_builders
 from dt_videos import make_video
 
 from ardist import fault
 from data_tools import layout
 from data_tools.lease import Pace
 
-# Every point that a build over local files passes, in order of the first visit; the test below keeps it complete.
-POINTS = [
+LOCAL_POINTS = [
     "storage.local_read",
     "storage.local_before_sync",
     "storage.local_before_link",
-    "build.after_claim",
-    "build.after_listing",
-    "build.before_sources",
-    "build.before_plan",
-    "build.after_plan",
-    "build.before_lease",
-    "build.after_lease",
-    "build.before_probes",
-    "build.shard_started",
-    "build.sample",
-    "build.shard_written",
-    "build.before_upload_0",
-    "build.before_upload_1",
-    "build.after_upload",
-    "build.before_commit",
-    "build.after_commit",
-    "build.before_finalize",
     "storage.local_before_rename",
     "storage.local_after_rename",
-    "build.after_quarantine",
-    "build.before_manifest",
-    "build.after_manifest",
 ]
+POINTS = [*LOCAL_POINTS, *BUILD_POINTS]
 ALWAYS = {("build.before_plan", 1), ("build.sample", 2), ("build.before_upload_1", 2), ("build.before_commit", 1)}
 Child = Callable[[Callable[[], Any], str], int]
 
@@ -104,6 +85,20 @@ def test_kill_then_run_again(
     out = tmp_path / "out"
     status = in_child(lambda: build_small(videos, out, samples_per_shard=2), f"kill@{point}#{visit}")
     assert status == -9 or (visit == 2 and status == 0), "the point was not reached"
+    _check(out, undisturbed, videos)
+
+
+@pytest.mark.parametrize(
+    "point", [pytest.param(p, marks=() if p == "build.before_commit" else pytest.mark.slow) for p in POINTS]
+)
+def test_three_builders_are_killed_and_three_go_on(videos: Path, undisturbed: Path, tmp_path: Path, point: str) -> None:
+    out = tmp_path / "out"
+    build = builders(lambda: build_small(videos, out, samples_per_shard=2))
+    assert -9 in run_builders(build, f"kill@{point}#1"), "the point was not reached"
+    before = {path.name: path.read_bytes() for path in (out / "commits").glob("*.json")}
+    assert run_builders(build) == [0, 0, 0]
+    after = {path.name: path.read_bytes() for path in (out / "commits").glob("*.json")}
+    assert before.items() <= after.items(), "a committed shard was built again"
     _check(out, undisturbed, videos)
 
 

@@ -77,6 +77,14 @@ def test_the_same_build_gives_the_same_latents(three_videos: Path, bundle: Path,
     assert other.dataset_id != first.dataset_id
 
 
+def test_one_worker_per_device_gives_the_same_latents(three_videos: Path, bundle: Path, tmp_path: Path) -> None:
+    alone = build_small(three_videos, tmp_path / "a", _choice(bundle)).manifest
+    shared = _choice(bundle, device="cpu,cpu")
+    assert len(shared.devices()) == 2
+    both = build_small(three_videos, tmp_path / "b", shared, workers=2, start_method="fork").manifest
+    assert both.digest() == alone.digest()
+
+
 def test_every_frame_is_encoded_once(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     encoder = LatentEncoder(str(bundle), device="cpu", precision="fp32", batch_frames=4)
     seen: list[int] = []
