@@ -265,6 +265,11 @@ class TrainConfig(Section):
                     "trainable: temporal needs init_from, the run, checkpoint or bundle of stage 1: all other weights "
                     "stay what they are there"
                 )
+        if self.denoiser is not None and self.diffusion.num_timesteps > self.denoiser.num_timesteps:
+            yield (
+                f"diffusion.num_timesteps={self.diffusion.num_timesteps} is above "
+                f"denoiser.num_timesteps={self.denoiser.num_timesteps}, the timesteps that the denoiser knows"
+            )
         if self.ar_vae is not None and self.augmentation.shift >= self.ar_vae.image_size:
             yield (
                 f"augmentation.shift={self.augmentation.shift} is not below ar_vae.image_size={self.ar_vae.image_size}"

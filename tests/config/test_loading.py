@@ -62,6 +62,7 @@ def test_round_trip_through_yaml_keeps_every_value(tmp_path: Path) -> None:
         ("denoiser.preset=huge", ["huge", "tiny", "xl"]),
         ("data.lanes=7", ["data.lanes=7", "48", "legal lanes", "16"]),
         ("diffusion.law=foppp", ["diffusion.law", "fopp"]),
+        ("diffusion.num_timesteps=2000", ["num_timesteps=2000", "denoiser.num_timesteps=1000"]),
         ("diffusion.law={fopp: -1}", ["negative"]),
         ("task=ar_vae", ["needs a section 'ar_vae'"]),
         ("denoiser.num_heads=5", ["width 96", "num_heads 5"]),
