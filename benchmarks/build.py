@@ -1,9 +1,10 @@
 """How fast the data tools turn videos into shards, stage by stage, against bare ffmpeg in the same run.
 
-    python benchmarks/build.py [--videos FOLDER] [--size 256] [--clips 2000] [--json FILE]
+    python benchmarks/build.py [--videos FOLDER] [--size 256] [--clips 2000] [--rounds 3] [--json FILE]
 
 Without --videos, H.264 clips of 640x360 at 30 frames/s are made first. Every rate is frames per second of wall time
-with all cores; the ratio is to ffmpeg decoding, scaling and cropping the same videos to /dev/null by itself.
+with all cores, the median of rounds in which the stages take turns; the ratio is to ffmpeg decoding, scaling and
+cropping the same videos to /dev/null by itself, in the same round.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import argparse
 import functools
 import json
 import shutil
+import statistics
 import subprocess
 import tempfile
 import threading
@@ -42,6 +44,7 @@ from data_tools.sources import list_sources
 
 CAPS = ProbeCaps(8192 * 4320, 24 * 3600, 8)
 FRAMES = 16
+CEILING = "ffmpeg: decode, our filters"
 
 
 def make_videos(folder: Path, count: int, frames: int) -> None:
@@ -75,11 +78,11 @@ def bare(item: tuple[Path, int], filters: str) -> int:
     return count
 
 
-def ours(item: tuple[Path, VideoFacts], size: int) -> int:
+def ours(item: tuple[Path, VideoFacts, int], size: int) -> int:
     """The decode stage alone."""
-    path, facts = item
+    path, facts, count = item
     target = Target(FRAMES, Fraction(facts.rate), size, CAPS.max_pixels)
-    starts = list(range(0, facts.timeline().grid_length(None) - FRAMES + 1, FRAMES))
+    starts = list(range(0, count - FRAMES + 1, FRAMES))
     total = 0
     for stretch in stretches(starts, target, bool(facts.keyframes)):
         for _, frames in decode_stretch(str(path), None, facts, stretch, target, DecodeSettings()):
@@ -153,6 +156,8 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=256)
     parser.add_argument("--clips", type=int, default=2000, help="most clips of the end-to-end builds")
     parser.add_argument("--bundle", type=Path, help="AR-VAE bundle for the latent rows")
+    parser.add_argument("--rounds", type=int, default=3, help="of which the medians are shown")
+    parser.add_argument("--stage-frames", type=int, default=1600, help="most frames of a video in the single stages")
     parser.add_argument("--json", type=Path, help="also write the numbers here")
     words = parser.parse_args()
     cores = default_threads()
@@ -165,40 +170,46 @@ def main() -> None:
         paths = [Path(root.path(item.name)) for item in listed if item.refused is None]
         facts = list(probe_all([(str(path), None, path.stat().st_size) for path in paths], CAPS, cores, 60))
         items = [(path, found) for path, found in zip(paths, facts, strict=True) if isinstance(found, VideoFacts)]
-        used = [(path, found.timeline().grid_length(None) // FRAMES * FRAMES) for path, found in items]
+        counts = [min(words.stage_frames, found.timeline().grid_length(None)) // FRAMES * FRAMES for _, found in items]
+        used = [(path, count) for (path, _), count in zip(items, counts, strict=True)]
+        ready = [(path, found, count) for (path, found), count in zip(items, counts, strict=True)]
         scale = f"scale='if(gte(dar,1),round({words.size}*dar),{words.size})'"
         scale += f":'if(gte(dar,1),{words.size},round({words.size}/dar))':flags="
         crop = f"crop={words.size}:{words.size}"
-        rates: dict[str, float] = {}
-        for name, filters in {
+        alone = {
             "ffmpeg: decode only": "",
             "ffmpeg: decode, fast bicubic": f"{scale}bicubic,{crop}",
-            "ffmpeg: decode, our filters": f"{scale}{SCALE_FLAGS},format=gbrp,{crop}",
-        }.items():
-            run = functools.partial(bare, filters=filters)
-            rates[name] = timed(functools.partial(in_parallel, run, used, cores))
-        rates["decode stage"] = timed(
-            functools.partial(in_parallel, functools.partial(ours, size=words.size), items, cores)
-        )
-        rates["write stage"] = timed(lambda: write_alone(Path(folder), words.size, 200))
+            CEILING: f"{scale}{SCALE_FLAGS},format=gbrp,{crop}",
+        }
+        stages: dict[str, Callable[[], int]] = {
+            name: functools.partial(in_parallel, functools.partial(bare, filters=filters), used, cores)
+            for name, filters in alone.items()
+        }
+        stages["decode stage"] = functools.partial(in_parallel, functools.partial(ours, size=words.size), ready, cores)
+        stages["write stage"] = functools.partial(write_alone, Path(folder), words.size, 200)
+        if words.bundle is not None:
+            stages["encode stage"] = functools.partial(encode_alone, words.bundle, 256, words.size)
+        rounds = [{name: timed(stage) for name, stage in stages.items()} for _ in range(words.rounds)]
+        rates = {name: statistics.median(one[name] for one in rounds) for name in stages}
+        ratios = {name: statistics.median(one[name] / one[CEILING] for one in rounds) for name in stages}
         rates["build, pixels"], watch = end_to_end(
             videos, Path(folder) / "out", EncoderChoice(), words.size, words.clips
         )
         before, after = watch.quarters()
         if words.bundle is not None:
-            rates["encode stage"] = timed(lambda: encode_alone(words.bundle, 256, words.size))
             choice = EncoderChoice(str(words.bundle))
             rates["build, latents"], _ = end_to_end(videos, Path(folder) / "out", choice, words.size, words.clips)
-    ceiling = rates["ffmpeg: decode, our filters"]
     table = Table(title=f"{len(items)} videos, {words.size}x{words.size}, {cores} cores")
     for name in ("", "frames/s", f"clips/s of {FRAMES}", "to ffmpeg"):
         table.add_column(name, justify="right" if name else "left")
     for name, rate in rates.items():
-        table.add_row(name, f"{rate:.0f}", f"{rate / FRAMES:.1f}", f"{rate / ceiling:.2f}")
+        table.add_row(name, f"{rate:.0f}", f"{rate / FRAMES:.1f}", f"{ratios.get(name, rate / rates[CEILING]):.2f}")
     Console().print(table)
     Console().print(f"memory of the pixel build: {before:.0f} MiB in its second quarter, {after:.0f} MiB in its last")
     if words.json is not None:
-        words.json.write_text(json.dumps({"rates": rates, "rss_mib": [before, after], "cores": cores}, indent=1))
+        words.json.write_text(
+            json.dumps({"rates": rates, "ratios": ratios, "rss_mib": [before, after], "cores": cores}, indent=1)
+        )
 
 
 if __name__ == "__main__":

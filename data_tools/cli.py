@@ -227,6 +227,59 @@ def stats(
 
 
 @app.command()
+def bench(
+    dataset: Annotated[str, typer.Argument(help="A dataset folder or s3:// prefix.")],
+    seconds: Annotated[float, _option("How long to read, for each dataset.", None, "S", min=0.1)] = 10.0,
+    batch_size: Annotated[int, _option("Samples of a batch; a multiple of the lanes.", None, "N", min=1)] = 64,
+    lanes: Annotated[int, _option("data.lanes of the run.", None, "N", min=1)] = 8,
+    window: Annotated[int, _option("data.window of the run.", None, "N", min=1)] = 256,
+    threads: Annotated[int, _option("data.fetch_threads of the run.", None, "N", min=1, max=16)] = 2,
+    prefetch_mib: Annotated[int, _option("Most memory for reading ahead.", None, "N", min=1)] = 256,
+    cache_dir: Annotated[
+        str | None, _option("Local cache of remote shards. Without: the user's.", None, "PATH")
+    ] = None,
+    step_ms: Annotated[float, _option("Pause after each batch, as a training step would.", None, "MS", min=0)] = 0.0,
+) -> None:
+    """Measure how fast a dataset is read here: samples and bytes per second, waiting, retries, cache, substitutions.
+
+    Reads it as one rank of a run does: the same order, every checksum on, for --seconds. Rates count from the second
+    batch on, the first one and the opening stand by themselves. Without --step-ms the reader is all there is, so it
+    waits all the time; with the milliseconds that a training step takes, *waited* is what the run would lose.
+
+    A local dataset that was read before comes from the system's cache; for S3, an empty --cache-dir shows the first
+    epoch and a filled one the later ones.
+
+    Exit codes: 2 for a batch size or lanes that are not legal (the legal ones are named), 3 for a dataset that is
+    incomplete, or in which a bad sample was met: it is named, **verify** finds all of them.
+    """
+    from ardist.config.data import DataConfig
+    from data_tools.bench import bench as run_bench
+    from data_tools.bench import table
+    from data_tools.groups import datasets_at
+
+    complaints = []
+    for address in datasets_at(dataset):
+        config = DataConfig(
+            path=address,
+            lanes=lanes,
+            window=window,
+            fetch_threads=threads,
+            prefetch_bytes=prefetch_mib * 2**20,
+            cache_dir=cache_dir,
+            max_bad_fraction=1.0,
+        )
+        measured = run_bench(config, batch_size=batch_size, seconds=seconds, step_seconds=step_ms / 1000)
+        Console().print(table(measured))
+        if bad := measured.bad:
+            first = bad[0]
+            complaints.append(
+                f"{address}: bad samples were met, the first: {first.shard} ({first.sample}) {first.detail}"
+            )
+    if complaints:
+        raise DataError("\n".join(complaints))
+
+
+@app.command()
 def inspect(
     dataset: Annotated[str, typer.Argument(help="A dataset folder or s3:// prefix.")],
     key: Annotated[str, typer.Argument(help="The sample's key: 16 hexadecimal digits.")],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import os
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -181,5 +182,6 @@ def _room(shape: tuple[int, ...], settings: DecodeSettings) -> Frames:
     if int(np.prod(shape)) <= settings.held_bytes:
         return np.empty(shape, np.uint8)
     with tempfile.TemporaryFile(dir=settings.scratch, prefix="stretch-") as file:
-        file.truncate(int(np.prod(shape)))
+        # Really there before it is mapped: a full disk is then an error here, not a signal at the first touch.
+        os.posix_fallocate(file.fileno(), 0, int(np.prod(shape)))
         return np.memmap(file, np.uint8, mode="r+", shape=shape)

@@ -15,6 +15,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemaini
 from rich.progress import Progress as Bars
 from rich.table import Table
 
+from ardist.events import events
+
 if TYPE_CHECKING:
     from data_tools.build import Summary
     from data_tools.shard import Counts
@@ -73,7 +75,7 @@ class ConsoleProgress:
         self._begun = self._spoke = time.monotonic()
         self._total_clips = 0
         self._log = log
-        self._file: IO[str] | None = None
+        self._file: IO[bytes] | None = None
 
     def __enter__(self) -> ConsoleProgress:
         self._bars.start()
@@ -148,14 +150,17 @@ class ConsoleProgress:
         self._bars.update(self._tasks[name], completed=done, total=total, note=note)
 
     def _write(self, event: str, **fields: object) -> None:
-        if self._file is None and self._log is not None:
-            # Opened with the first line, so that a refused command leaves nothing behind.
-            self._log.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            self._file = self._log.open("a", encoding="utf-8")
-        if self._file is not None:
-            line = {"time": round(time.time(), 3), "event": event, **fields}
-            self._file.write(json.dumps(line, ensure_ascii=False) + "\n")
-            self._file.flush()
+        try:
+            if self._file is None and self._log is not None:
+                # Opened with the first line, so that a refused command leaves nothing behind.
+                self._log.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+                self._file = self._log.open("ab", buffering=0)
+            if self._file is not None:
+                line = {"time": round(time.time(), 3), "event": event, **fields}
+                self._file.write(json.dumps(line, ensure_ascii=False).encode() + b"\n")
+        except OSError as error:
+            # A full disk costs the log, not the build.
+            events.count("build.log_line_lost", log=self._log, reason=error.strerror or error)
 
 
 def summary_table(summary: Summary) -> Table:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import time
 from pathlib import Path
 from typing import Any, Protocol
 
-from ardist.storage import Storage
+from ardist.storage import Storage, StorageError
 from data_tools import layout
 from data_tools.encode import Encoder
 from data_tools.finalize import missing_commits
@@ -56,12 +57,24 @@ def run_worker(
             with lease:
                 if storage.exists(layout.commit_name(shard)):
                     continue
-                commit = builder.build(shard, worker)
+                commit = _built(builder, shard, worker)
             built += 1
             progress.committed(shard, _counts(commit))
         if not took_one:
             time.sleep(pace.poll_seconds)
     return built
+
+
+def _built(builder: ShardBuilder, shard: int, worker: str) -> dict[str, Any]:
+    """The commit of a shard; a disk that is full or broken, wherever it was met, is one message of ours."""
+    try:
+        return builder.build(shard, worker)
+    except OSError as error:
+        place = os.fsdecode(error.filename) if error.filename else builder.staging
+        raise StorageError(
+            f"cannot write shard {shard} in {place}: {error.strerror or error}; what is committed stays, "
+            "run build again when this is mended"
+        ) from error
 
 
 def _counts(commit: dict[str, Any]) -> Counts:
