@@ -1,18 +1,22 @@
 """Our training loop beside a bare DeepSpeed loop at the same ZeRO stage, and beside plain DDP with fused AdamW.
 
     python benchmarks/train_step.py                                   # tiny preset, 2 gloo ranks on a CPU
-    python benchmarks/train_step.py --preset xl --frames 16 --tokens 32 --precision bf16 --ranks 8 --stages 0 1
+    python benchmarks/train_step.py --preset xl --precision bf16 --ranks 8 --stages 0 1
 
 The bare loops get batches from memory, plain random noise and timesteps, and do nothing besides the step: no loader,
 no EMA, no log, no checkpoint, no signals. Contenders take turns within each round of steps, so that a change of the
 machine's pace meets all of them; the table holds medians over rounds (``bare``: bare DeepSpeed; ``ours/bare``: of the
-ratios within a round). Beside the rates: the share of our step spent waiting for data, and for how many milliseconds
-a checkpoint blocks the loop (the first one, which allocates its buffers, and a later one).
+ratios within a round). Beside the rates, in rounds of their own, as shares of our step: what the loop does itself,
+outside of the model, the optimiser, the averages and the loader (``host``), and the wait for data.
+
+A second table has what a checkpoint costs the loop at about 50 million parameters (``--save-preset none`` leaves it
+out): the time it is blocked, of the first save and the median of later ones, beside a plain copy of the same bytes.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import gc
 import json
 import os
@@ -47,16 +51,20 @@ def parse() -> argparse.Namespace:
     """The command line."""
     words = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     words.add_argument("--preset", default="tiny")
-    words.add_argument("--frames", type=int, default=4)
-    words.add_argument("--tokens", type=int, default=16)
+    words.add_argument("--frames", type=int, default=16)
+    words.add_argument("--tokens", type=int, default=32)
     words.add_argument("--batch", type=int, default=8, help="global batch size")
     words.add_argument("--micro-batch", type=int, default=2)
     words.add_argument("--precision", default="fp32", choices=["fp32", "bf16"])
     words.add_argument("--stages", type=int, nargs="+", default=[0, 1, 2, 3])
     words.add_argument("--guard", default="deepspeed", choices=["deepspeed", "device"])
     words.add_argument("--ranks", type=int, default=2)
-    words.add_argument("--rounds", type=int, default=7)
-    words.add_argument("--steps", type=int, default=5, help="steps of one contender in one round")
+    words.add_argument("--rounds", type=int, default=6)
+    words.add_argument("--steps", type=int, default=4, help="steps of one contender in one round")
+    words.add_argument("--save-preset", default="small", help="denoiser of the second table; none: no such table")
+    words.add_argument("--save-width", type=int, default=480, help="its width, a multiple of 8 heads")
+    words.add_argument("--save-stages", type=int, nargs="+", default=[1])
+    words.add_argument("--saves", type=int, default=6)
     words.add_argument("--json", type=Path, default=None)
     return words.parse_args()
 
@@ -135,17 +143,18 @@ def bare_loss(model: Any, x0: torch.Tensor, schedule: NoiseSchedule, dtype: torc
 
 
 def bare_deepspeed(options: argparse.Namespace, config: TrainConfig, world: distributed.World) -> Step:
-    """DeepSpeed with its own check and clipping, and nothing around it."""
+    """DeepSpeed with its own check and clipping, the same optimiser and parameter groups, and nothing around it."""
     import deepspeed
 
     from ardist.training.engine import DTYPES, deepspeed_settings
+    from ardist.training.optimizer import build_optimizer
 
     plain = config.model_copy(update={"training": config.training.model_copy(update={"guard": "deepspeed"})})
     given = deepspeed_settings(plain, world.size, cuda=world.device.type == "cuda")
     given["gradient_clipping"] = config.optimizer.grad_clip
     assert config.denoiser is not None
     model = Denoiser(config.denoiser).to(world.device)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+    optimizer = build_optimizer(model, config.optimizer)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=given)
     data, dtype = batches(options, world), DTYPES[config.training.precision]
     schedule = NoiseSchedule.create().to(world.device)
@@ -189,10 +198,62 @@ def timed(step: Step, count: int, world: distributed.World) -> float:
     return (time.perf_counter() - began) / count
 
 
-def measure_stage(options: argparse.Namespace, folder: Path, stage: int, world: distributed.World) -> dict[str, Any]:
-    """One row of the table."""
-    from ardist.training.state import snapshot
+class Stopwatch:
+    """Seconds spent in calls that are timed by it; a call within another one counts once."""
 
+    def __init__(self) -> None:
+        self.seconds = 0.0
+        self._depth = 0
+
+    def around(self, call: Callable[..., Any]) -> Callable[..., Any]:
+        """`call`, timed."""
+
+        @functools.wraps(call)
+        def timed_call(*args: Any, **kwargs: Any) -> Any:
+            self._depth += 1
+            began = time.perf_counter()
+            try:
+                return call(*args, **kwargs)
+            finally:
+                self._depth -= 1
+                if not self._depth:
+                    self.seconds += time.perf_counter() - began
+
+        return timed_call
+
+
+class TimedLoader:
+    """A loader whose waits are timed."""
+
+    def __init__(self, loader: Any, watch: Stopwatch) -> None:
+        self._next = watch.around(loader.__next__)
+        self.loader = loader
+
+    def __next__(self) -> Any:
+        return self._next()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.loader, name)
+
+
+def shares(trainer: Any, steps: int, world: distributed.World) -> dict[str, float]:
+    """Shares of a step: the wait for data, and the loop itself, which is what remains beside all heavy calls."""
+    data, heavy = Stopwatch(), Stopwatch()
+    loader, trainer.loader = trainer.loader, TimedLoader(trainer.loader, data)
+    engine, objective = trainer.engine, trainer.objective
+    patched = [(engine, "backward"), (engine, "step"), (objective, "prepare"), (objective, "loss")]
+    patched += [(trainer.ema, "update")] if trainer.ema is not None else []
+    for owner, name in patched:
+        setattr(owner, name, heavy.around(getattr(owner, name)))
+    seconds = steps * timed(trainer.advance, steps, world)
+    for owner, name in patched:
+        delattr(owner, name)
+    trainer.loader = loader
+    return {"data_wait": data.seconds / seconds, "host": max(0.0, seconds - data.seconds - heavy.seconds) / seconds}
+
+
+def measure_stage(options: argparse.Namespace, folder: Path, stage: int, world: distributed.World) -> dict[str, Any]:
+    """One row of the first table."""
     config = settings(options, folder, stage)
     ours, trainer = our_loop(config, world)
     contenders = {
@@ -202,34 +263,67 @@ def measure_stage(options: argparse.Namespace, folder: Path, stage: int, world: 
     }
     for step in contenders.values():
         timed(step, 2, world)
-    waited = trainer.loader.metrics()["wait_seconds"]
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
     names = list(contenders)
     for turn in range(options.rounds):
         for name in names[turn % 3 :] + names[: turn % 3]:
             seconds[name].append(timed(contenders[name], options.steps, world))
-    waited = trainer.loader.metrics()["wait_seconds"] - waited
-    blocked = []
-    for _ in range(2):
-        trainer.writer.save(snapshot(trainer))
-        trainer.writer.wait()
-        blocked.append(trainer.writer.blocked_seconds)
-        ours()
     row = {name: 1 / statistics.median(values) for name, values in seconds.items()}
     paired = [bare / mine for mine, bare in zip(seconds["ours"], seconds["deepspeed"], strict=True)]
+    parts = [shares(trainer, options.steps, world) for _ in range(3)]
     trainer.close()
+    assert config.denoiser is not None
     result = {
         "stage": stage,
         **row,
         "ours_of_deepspeed": statistics.median(paired),
-        "data_wait": waited / (sum(seconds["ours"]) * options.steps),
-        "first_save_ms": 1000 * blocked[0],
-        "save_ms": 1000 * blocked[1],
-        "parameters": sum(p.numel() for p in Denoiser(config.denoiser).parameters()) if config.denoiser else 0,
+        **{name: statistics.median(part[name] for part in parts) for name in parts[0]},
+        "parameters": sum(p.numel() for p in Denoiser(config.denoiser).parameters()),
     }
     del trainer, contenders, ours
     gc.collect()
     return result
+
+
+def measure_saves(options: argparse.Namespace, folder: Path, stage: int, world: distributed.World) -> dict[str, Any]:
+    """One row of the second table: two steps, then saves in the background one after another."""
+    from ardist.training.state import snapshot
+
+    config = settings(options, folder, stage)
+    shape = {"preset": options.save_preset, "width": options.save_width, "num_heads": 8}
+    shape |= {"tokens_per_frame": options.tokens}
+    plain = config.model_dump(exclude={"denoiser"}, mode="json")
+    config = check(TrainConfig, {**plain, "denoiser": shape, "run_dir": str(folder / f"saves-{stage}")}, "benchmark")
+    step, trainer = our_loop(config, world)
+    timed(step, 1, world)
+    step_seconds = timed(step, 2, world)
+    blocked = []
+    for _ in range(options.saves):
+        trainer.writer.wait()
+        world.barrier()
+        began = time.perf_counter()
+        trainer.writer.save(snapshot(trainer))
+        blocked.append(time.perf_counter() - began)
+        trainer.writer.wait()
+        trainer.step += 1
+    copies = [torch.empty_like(buffer) for buffer in trainer.writer.snapshot_buffers()]
+    plain_copy = []
+    for _ in range(options.saves):
+        world.barrier()
+        began = time.perf_counter()
+        torch._foreach_copy_(copies, trainer.writer.snapshot_buffers())
+        plain_copy.append(time.perf_counter() - began)
+    trainer.close()
+    assert config.denoiser is not None
+    return {
+        "stage": stage,
+        "parameters": sum(p.numel() for p in Denoiser(config.denoiser).parameters()),
+        "step_seconds": step_seconds,
+        "first_save_ms": 1000 * blocked[0],
+        "save_ms": 1000 * statistics.median(blocked[1:]),
+        "copy_ms": 1000 * statistics.median(plain_copy[1:]),
+        "mib": sum(copy.numel() * 4 for copy in copies) / 2**20,
+    }
 
 
 def rank_main(options: argparse.Namespace, folder: Path) -> None:
@@ -237,23 +331,15 @@ def rank_main(options: argparse.Namespace, folder: Path) -> None:
     world = distributed.start()
     torch.manual_seed(0)
     rows = [measure_stage(options, folder, stage, world) for stage in options.stages]
+    stages = [] if options.save_preset == "none" else options.save_stages
+    saves = [measure_saves(options, folder, stage, world) for stage in stages]
     if not world.is_main:
         return
     table = Table(
         title=f"steps/s: {options.preset}, {rows[0]['parameters'] / 1e6:.1f} M parameters, {options.precision}, "
         f"{world.size} ranks on {world.device.type}, batch {options.batch} x {options.frames} x {options.tokens}"
     )
-    heads = (
-        "ZeRO",
-        "ours",
-        "bare DeepSpeed",
-        "DDP",
-        "ours / bare",
-        "ours / DDP",
-        "data wait",
-        "save blocks, first/next",
-    )
-    for head in heads:
+    for head in ("ZeRO", "ours", "bare DeepSpeed", "DDP", "ours / bare", "ours / DDP", "host", "data wait"):
         table.add_column(head, justify="right")
     for row in rows:
         table.add_row(
@@ -261,12 +347,32 @@ def rank_main(options: argparse.Namespace, folder: Path) -> None:
             *(f"{row[name]:.2f}" for name in ("ours", "deepspeed", "ddp")),
             f"{row['ours_of_deepspeed']:.2f}",
             f"{row['ours'] / row['ddp']:.2f}",
+            f"{row['host']:.1%}",
             f"{row['data_wait']:.1%}",
-            f"{row['first_save_ms']:.0f} / {row['save_ms']:.0f}",
         )
     Console().print(table)
+    if saves:
+        Console().print(saves_table(saves, world))
     if options.json is not None:
-        options.json.write_text(json.dumps({"options": {**vars(options), "json": None}, "rows": rows}, indent=1))
+        shown = {name: value for name, value in vars(options).items() if name != "json"}
+        options.json.write_text(json.dumps({"options": shown, "rows": rows, "saves": saves}, indent=1))
+
+
+def saves_table(saves: list[dict[str, Any]], world: distributed.World) -> Table:
+    """What a checkpoint costs the loop."""
+    table = Table(title=f"a checkpoint in the background, {saves[0]['parameters'] / 1e6:.1f} M parameters, each rank")
+    heads = ("ZeRO", "MiB", "blocked, first", "blocked, later", "plain copy", "step", "share of 1000 steps")
+    for head in heads:
+        table.add_column(head, justify="right")
+    for row in saves:
+        table.add_row(
+            str(row["stage"]),
+            f"{row['mib']:.0f}",
+            *(f"{row[name]:.0f} ms" for name in ("first_save_ms", "save_ms", "copy_ms")),
+            f"{1000 * row['step_seconds']:.0f} ms",
+            f"{row['save_ms'] / 1e6 / row['step_seconds']:.4%}",
+        )
+    return table
 
 
 def main() -> int:

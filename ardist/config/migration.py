@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Final
 
 from ardist.errors import ConfigError
 
-VERSION = 1
+VERSION: Final = 1
 """Version of the schema of training configurations; raised whenever a setting is renamed, removed or means something
 else. A new setting with a default needs no new version."""
 

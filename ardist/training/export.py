@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file
 
-from ardist.config import ARVAEConfig, DenoiserConfig, check
-from ardist.config.training import DiffusionConfig
+from ardist.config import ARVAEConfig, DenoiserConfig, check, parse_yaml
+from ardist.config.training import CheckpointConfig, DiffusionConfig
 from ardist.errors import CheckpointError, ConfigError
 from ardist.inference.bundle import SamplerDefaults, write_bundle
 from ardist.inference.publish import publish_directory
@@ -25,8 +27,11 @@ from ardist.models.weights import (
     write_config,
     write_state,
 )
-from ardist.training.commit import Commit, newest_valid
-from ardist.training.parts import EXTRA_FILE, PartsReader, ema_kind, holds_fragments
+from ardist.training.commit import Commit, candidates, newest_valid
+from ardist.training.distributed import World
+from ardist.training.object_store import open_store
+from ardist.training.parts import EXTRA_FILE, PartsReader, holds_fragments
+from ardist.training.resume import find
 
 AR_VAE_RAW_FILE = "ar_vae_raw.safetensors"
 
@@ -53,11 +58,10 @@ def export_bundle(
         CheckpointError: no valid checkpoint; an average that was not kept; an AR-VAE other than the data's.
         ConfigError: `ar_vae` with an AR-VAE run, or `out` is something else than a bundle.
     """
-    root = Path(run_dir).expanduser() / "checkpoints"
-    path, commit = newest_valid(root, step)
-    raw = read_weights(path, commit, "master")
-    decay = _chosen_decay(path, commit, ema_decay)
-    averaged = raw if decay is None else read_weights(path, commit, ema_kind(decay))
+    with _checkpoint(Path(run_dir).expanduser(), step) as (path, commit):
+        raw = read_weights(path, commit, "master")
+        decay = _chosen_decay(path, commit, ema_decay)
+        averaged = raw if decay is None else read_weights(path, commit, commit.kind_of_ema(decay))
     provenance = {
         "run": Path(run_dir).resolve().name,
         "step": commit.step,
@@ -85,6 +89,26 @@ def export_bundle(
         sampler_defaults=_sampler_defaults(commit, diffusion),
         provenance=provenance,
     )
+
+
+@contextmanager
+def _checkpoint(run_dir: Path, step: int | None) -> Iterator[tuple[Path, Commit]]:
+    """The newest valid checkpoint of a run, or that of `step`: from its directory, or from the object store that its
+    configuration names."""
+    root, written = run_dir / "checkpoints", run_dir / "config.resolved.yaml"
+    settings = parse_yaml(written.read_text(encoding="utf-8"), str(written)) if written.is_file() else {}
+    checkpoint = check(CheckpointConfig, settings.get("checkpoint") or {}, str(written))
+    if checkpoint.url is None or candidates(root):
+        yield newest_valid(root, step)
+        return
+    store, alone = open_store(checkpoint, root), World(0, 1, torch.device("cpu"))
+    found = find(store, alone, step)
+    if found is None:
+        raise CheckpointError(f"no checkpoint in {store.where}")
+    try:
+        yield found
+    finally:
+        store.release(found[0], alone)
 
 
 def read_weights(path: Path, commit: Commit, kind: str) -> State:

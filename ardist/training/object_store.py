@@ -20,6 +20,7 @@ from ardist.events import events
 from ardist.storage import MissingObjectError, Storage, open_storage
 from ardist.storage.s3 import S3Storage
 from ardist.training import commit as commits
+from ardist.training.claim import Claim
 from ardist.training.commit import COMMIT, Commit, Part
 from ardist.training.distributed import World
 from ardist.training.store import CheckpointStore, FolderStore
@@ -39,6 +40,7 @@ class ObjectStore(CheckpointStore):
         self.where = self.storage.url
         self.host = socket.gethostname()
         self.staging = staging / f".staging-{self.host}"
+        self._claim: Claim | None = None
 
     def steps(self) -> list[int]:
         found = (_COMMITTED.match(name) for name in self.storage.list("step-"))
@@ -65,6 +67,8 @@ class ObjectStore(CheckpointStore):
             fault.point("checkpoint.after_upload")
 
     def publish(self, write: str, commit: Commit) -> str | None:
+        if self._claim is not None and (other := self._claim.lost()):
+            return other
         commit = commit.model_copy(update={"folder": write})
         for part in commit.parts:
             found = self.storage.size(_part_name(write, part.file))
@@ -143,6 +147,15 @@ class ObjectStore(CheckpointStore):
         name = _name(step, COMMIT)
         self.storage.put(f"{name}.damaged-{secrets.token_hex(3)}", self.storage.read(name))
         self.storage.delete(name)
+
+    def lock(self, owner: str) -> None:
+        self._claim = Claim(self.storage, f"{self.host}:{owner}")
+        self._claim.take()
+
+    def unlock(self) -> None:
+        if self._claim is not None:
+            self._claim.release()
+            self._claim = None
 
     def check(self) -> None:
         self.storage.check_conditional_create()

@@ -79,6 +79,12 @@ class CheckpointStore(ABC):
     def set_aside(self, step: int) -> None:
         """Rank 0: rename an unreadable checkpoint, so that the run may write its step again."""
 
+    def lock(self, owner: str) -> None:  # noqa: B027 - the run directory has a lock of its own
+        """Rank 0: keep other jobs out; `ConfigError` names one that is already in."""
+
+    def unlock(self) -> None:  # noqa: B027 - as above
+        """Let other jobs in."""
+
     def check(self) -> None:  # noqa: B027 - the run directory proves itself when it is made
         """Raise when nothing can be written here."""
 

@@ -13,7 +13,7 @@ import torch
 from ardist import fault
 from ardist.config import TrainConfig
 from ardist.data.loader import open_loader
-from ardist.errors import ConfigError, Preempted
+from ardist.errors import ArdistError, ConfigError, Preempted
 from ardist.training import distributed
 from ardist.training.adversary import ADVERSARY_FILE, build_adversary
 from ardist.training.batches import DeviceCopy, cut
@@ -44,6 +44,7 @@ from ardist.training.records import Records
 from ardist.training.run_dir import RunDirectory
 from ardist.training.state import History, resume_or_begin
 from ardist.training.stopping import StopRequest
+from ardist.training.store import CheckpointStore
 from ardist.training.throughput import Throughput, device_name, peak_flops
 from ardist.training.window import Window
 
@@ -130,6 +131,7 @@ class Trainer:
         )
         self.to_device = DeviceCopy(world.device)
         self.store = open_store(config.checkpoint, run.checkpoints)
+        lock_store(self.store, world, run)
         self.writer = CheckpointWriter(
             self.store,
             self.engine.fragments,
@@ -253,6 +255,7 @@ class Trainer:
             callback.close()
         self.loader.close()
         self.writer.wait(CLOSE_SECONDS)
+        self.store.unlock()
         self.records.close()
 
 
@@ -274,6 +277,19 @@ def built_in_callbacks(config: TrainConfig) -> list[Callback]:
         (True, Checkpoints()),
     ]
     return [callback for wanted, callback in callbacks if wanted]
+
+
+def lock_store(store: CheckpointStore, world: World, run: RunDirectory) -> None:
+    """Keep other jobs off the checkpoints, for all ranks (collective)."""
+    problem = None
+    if world.is_main:
+        try:
+            store.lock(str(run.path))
+        except (OSError, ArdistError) as error:
+            problem = str(error)
+    problem = world.broadcast(problem)
+    if problem is not None:
+        raise ConfigError(problem)
 
 
 def check_ranks_agree(world: World, config: TrainConfig, data: TrainingSet) -> None:

@@ -19,8 +19,9 @@ from s3_servers import BUCKET, S3Server, start_server
 
 from ardist.events import events
 from ardist.storage import open_storage
-from ardist.training import object_store
+from ardist.training import claim, object_store
 from ardist.training.commit import Commit, Part
+from ardist.training.export import export_bundle
 from ardist.training.object_store import ObjectStore
 
 pytestmark = pytest.mark.distributed
@@ -115,8 +116,8 @@ def test_kill_at_every_point_of_the_second_checkpoint(
 def test_a_commit_that_the_store_refuses_is_invisible_and_counted(
     tmp_path: Path, data: Path, uninterrupted: Path, url: str
 ) -> None:
-    # Visits 1 and 2 of the creation are the probe at the start; the third is the commit of step 3.
-    fault = {"ARDIST_FAULT": "raise@storage.s3_before_create/0#3:5"}
+    # Visits 1 and 2 of the creation are the probe at the start, 3 is the claim, 4 the commit of step 3.
+    fault = {"ARDIST_FAULT": "raise@storage.s3_before_create/0#4:5"}
     outcomes = Ranks(train_outcome, 2, config_of(tmp_path, data, url), env=fault).wait()
     assert [outcome.value for outcome in outcomes] == ["done", "done"]
     assert json.loads((tmp_path / "summary.json").read_text())["events"]["checkpoint.failed"] == 2
@@ -185,9 +186,25 @@ def test_uploads_of_a_run_that_is_gone_are_aborted(tmp_path: Path, url: str, mon
     assert not client.list_multipart_uploads(Bucket=BUCKET, Prefix=prefix).get("Uploads")
 
 
-def test_weights_start_a_fresh_run_from_an_object_store(tmp_path: Path, data: Path, url: str) -> None:
+def test_a_second_job_on_a_prefix_is_refused(
+    tmp_path: Path, data: Path, url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(claim.Claim.__init__, "__kwdefaults__", {"beat": 0.2, "stale": 30.0})
+    other = ObjectStore(url, tmp_path)
+    other.lock("elsewhere")
+    try:
+        for outcome in run_ranks(train_outcome, 2, config_of(tmp_path, data, url)):
+            assert outcome.startswith("ConfigError: another job writes checkpoints to"), outcome
+    finally:
+        other.unlock()
+
+
+def test_weights_are_exported_and_start_a_fresh_run_from_an_object_store(tmp_path: Path, data: Path, url: str) -> None:
     first = config_of(tmp_path / "first", data, url, training__steps=6)
     assert run_ranks(train_outcome, 1, first) == ["done"]
+    bundle = export_bundle(tmp_path / "first", tmp_path / "bundle")
+    assert (bundle / "denoiser.safetensors").is_file(), "the run directory says where its checkpoints are"
+    assert [path for path in (tmp_path / "first" / "checkpoints").rglob("*") if path.is_file()] == []
     second = config_of(tmp_path / "second", data, None, training__steps=1, init_from=url)
     assert run_ranks(train_outcome, 1, second) == ["done"]
     assert losses(tmp_path / "second")[0] < 0.9 * losses(tmp_path / "first")[0]
