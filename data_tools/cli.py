@@ -287,16 +287,16 @@ def inspect(
     encoder: Annotated[str | None, typer.Option(help="The bundle whose AR-VAE made the latents, to show them.")] = None,
 ) -> None:
     """Show where a sample came from: video, span, label, shard, tools and autoencoder."""
-    from data_tools.inspect_sample import describe, find, write_clip
+    from data_tools.inspect_sample import describe, locate, write_clip
 
-    found = find(dataset, key)
+    address, found = locate(dataset, key)
     view = Table(show_header=False, title=key, title_justify="left")
     view.add_column()
     view.add_column(overflow="fold")
     for name, value in describe(found).items():
         view.add_row(name, Text(value))
     if decode is not None:
-        view.add_row(str(decode), write_clip(dataset, found, decode, encoder))
+        view.add_row(str(decode), write_clip(address, found, decode, encoder))
     Console().print(view)
 
 
@@ -325,9 +325,14 @@ def export_wids(
     out: Annotated[str | None, typer.Option(help="Where to write. Without: wids.json in the dataset.")] = None,
 ) -> None:
     """Write the JSON shard list that readers of the wids format open."""
+    from data_tools.groups import datasets_at
     from data_tools.wids import export_wids as run_export
 
-    console.print(run_export(dataset, out), highlight=False, markup=False, soft_wrap=True)
+    addresses = datasets_at(dataset)
+    if out is not None and len(addresses) > 1:
+        raise ConfigError(f"--out takes the list of one dataset; {dataset} holds {', '.join(addresses)}")
+    for address in addresses:
+        console.print(run_export(address, out), highlight=False, markup=False, soft_wrap=True)
 
 
 def _portion(text: str) -> tuple[float, float]:

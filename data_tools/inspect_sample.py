@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import subprocess
 import tempfile
 from dataclasses import dataclass
@@ -20,11 +21,16 @@ from ardist.storage import Storage, open_storage
 from data_tools.decode import DecodeSettings, Target, decode_stretch
 from data_tools.frame_stream import Frames
 from data_tools.freeze import load_plan
+from data_tools.groups import datasets_at
 from data_tools.reasons import Refusal
 from data_tools.shard import local_copy
 from data_tools.sources import SourceRoot
 
 _MAX_JSON = 2**20
+
+
+class MissingSampleError(DataError):
+    """No shard holds this key."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +58,16 @@ def find(url: str, key: str) -> Found:
             array = decode_npy(storage.read(shard.name, offset, size), shard.shape, shard.dtype)
             info = _info(storage, shard, key, offset, size)
             return Found(manifest, shard, int(rows[0]), offset, info, array)
-    raise DataError(f"no sample {key} in the {len(manifest.shards)} shards of {storage.url}")
+    raise MissingSampleError(f"no sample {key} in the {len(manifest.shards)} shards of {storage.url}")
+
+
+def locate(url: str, key: str) -> tuple[str, Found]:
+    """The address of the dataset, of the one or of the groups at `url`, that holds a key, and its sample."""
+    addresses = datasets_at(url)
+    for address in addresses[:-1]:
+        with contextlib.suppress(MissingSampleError):
+            return address, find(address, key)
+    return addresses[-1], find(addresses[-1], key)
 
 
 def _info(storage: Storage, shard: ShardEntry, key: str, offset: int, size: int) -> SampleInfo:

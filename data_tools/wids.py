@@ -9,12 +9,14 @@ from ardist.data.manifest import load_manifest
 from ardist.storage import is_remote, open_storage
 
 
-def wids_description(url: str) -> bytes:
-    """JSON of wids version 1: every shard with its address and number of samples."""
+def wids_description(url: str, beside: bool) -> bytes:
+    """JSON of wids version 1: every shard with its address and number of samples.
+
+    Local shards are named relative to the description where it lies `beside` the manifest: the folder can be moved.
+    """
     manifest = load_manifest(url)
     storage = open_storage(url)
-    # Local shards are named relative to the description, so that the folder can be moved.
-    base = f"{storage.url}/" if is_remote(url) else ""
+    base = f"{storage.url}/" if is_remote(url) or not beside else ""
     shards = [
         {"url": f"{base}{shard.name}", "nsamples": shard.n, "filesize": shard.bytes, "sha256": shard.sha256}
         for shard in manifest.shards
@@ -24,8 +26,8 @@ def wids_description(url: str) -> bytes:
 
 def export_wids(url: str, out: str | None) -> str:
     """Write the description to `out`, or as ``wids.json`` into the dataset; returns where it is."""
-    data = wids_description(url)
     folder, _, name = (out or f"{url.rstrip('/')}/wids.json").rpartition("/")
     storage = open_storage(folder or os.curdir)
+    data = wids_description(url, storage.url == open_storage(url).url)
     storage.put(name, data)
     return f"{storage.url}/{name}"

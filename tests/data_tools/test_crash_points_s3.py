@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from pathlib import Path
 
 import pytest
 from dt_builds import build_small
-from dt_crashes import BUILD_POINTS, builders, run_builders
+from dt_crashes import BUILD_POINTS, builders, run_builders, run_forked
 
 from ardist import fault
 from ardist.storage import Storage, open_storage
@@ -63,3 +65,21 @@ def test_kill_then_run_again(three_videos: Path, s3_url: str, digest: str, point
     assert not report.problems
     assert not report.notes
     assert not collect(out, older_than=0, dry_run=False).names or point.startswith("storage.")
+
+
+def test_a_stopped_workers_late_commit_loses(three_videos: Path, s3_url: str, digest: str) -> None:
+    """SIGSTOP just before the commit, beyond the lease; SIGCONT when the shard is long committed."""
+    out, quick = f"{s3_url}/out", Pace(lease_seconds=1.0, poll_seconds=0.05)
+    child = run_forked(lambda: build_small(three_videos, out, pace=quick), "stop@build.before_commit#1")
+    assert os.WIFSTOPPED(os.waitpid(child, os.WUNTRACED)[1])
+    summary = build_small(three_videos, out, pace=Pace(lease_seconds=1.0, poll_seconds=0.05))
+    assert summary.manifest.digest() == digest
+    assert summary.events["build.lease_taken_over"] == 1
+    storage = open_storage(out)
+    before = {name: storage.read(name) for name in storage.list()}
+    os.kill(child, signal.SIGCONT)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert {name: storage.read(name) for name in storage.list() if not name.startswith(layout.LEASES)} == before
+    report = verify(out)
+    assert not report.problems
+    assert not report.notes

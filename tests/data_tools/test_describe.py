@@ -106,4 +106,11 @@ def test_wids_description(dataset: Path, tmp_path: Path) -> None:
     assert description["wids_version"] == 1
     assert sum(shard["nsamples"] for shard in description["shardlist"]) == 9
     for shard in description["shardlist"]:
-        assert (dataset / shard["url"]).stat().st_size == shard["filesize"]
+        assert Path(shard["url"]).is_relative_to(dataset), "elsewhere a relative address leads nowhere"
+        assert Path(shard["url"]).stat().st_size == shard["filesize"]
+    copy = tmp_path / "copy"
+    shutil.copytree(dataset, copy)
+    assert main(["export-wids", str(copy)]) == 0
+    for shard in json.loads((copy / "wids.json").read_text())["shardlist"]:
+        assert not Path(shard["url"]).is_absolute(), "with the dataset it can be moved"
+        assert (copy / shard["url"]).stat().st_size == shard["filesize"]

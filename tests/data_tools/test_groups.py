@@ -44,6 +44,12 @@ def test_groups_side_by_side(three_videos: Path, tmp_path: Path, capsys: pytest.
     assert main(["gc", str(out), "--dry-run"]) == 0
     assert main(["stats", str(out)]) == 0
     assert main(["stats", str(out), "--png", str(tmp_path / "x.png")]) == 2
+    for name in ("1x24", "4x16"):
+        assert main(["inspect", str(out), next(iter(samples(out / name)))]) == 0
+    assert main(["inspect", str(out), "0" * 16]) == 3
+    assert main(["export-wids", str(out)]) == 0
+    assert (out / "2x16" / "wids.json").is_file()
+    assert main(["export-wids", str(out), "--out", str(tmp_path / "w.json")]) == 2
     next((out / "2x16" / "shards").glob("*.tar")).write_bytes(b"")
     capsys.readouterr()
     assert main(["verify", str(out)]) == 3
