@@ -62,7 +62,7 @@ def _forward_and_backward(trainer: Trainer, batch: Batch) -> None:
     inputs = {
         name: value.detach().requires_grad_() if value.is_floating_point() else value for name, value in inputs.items()
     }
-    # The model itself, not the engine: after a backward through that, DeepSpeed would reduce gradients that nobody made.
+    # The model itself, not the engine: after a backward through that one, DeepSpeed reduces gradients that nobody made.
     loss, _ = trainer.objective.loss(trainer.engine.module, inputs)
     differentiable = [value for value in inputs.values() if value.requires_grad]
     torch.autograd.grad(loss, differentiable, allow_unused=True)
