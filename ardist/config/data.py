@@ -25,6 +25,9 @@ class DataConfig(Section):
     mixture_by: Literal["sample", "step"] = Field(
         "sample", description="step: every step is of one dataset, whose number of frames may be its own"
     )
+    tokens_per_batch: int | None = Field(
+        None, ge=1, description="by step: each dataset's batch is what fits of its samples (latents: F x L tokens each)"
+    )
     lanes: int = Field(8, ge=1, description="L, fixed for the life of a run; divides the global batch size")
     window: int = Field(256, ge=1, description="W, samples of one shuffle window of a lane")
     fetch_threads: int = Field(2, ge=1, le=16)
@@ -43,4 +46,6 @@ class DataConfig(Section):
         paths = [part.path for part in self.mixture]
         if len(set(paths)) != len(paths):
             raise ValueError("data.mixture names a dataset twice; add its weights instead")
+        if self.tokens_per_batch is not None and not (self.mixture and self.mixture_by == "step"):
+            raise ValueError("data.tokens_per_batch needs a data.mixture with data.mixture_by: step")
         return self

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from ardist.data.sample import NUMPY_DTYPES, TORCH_DTYPES, SampleDtype, npy_header
+from ardist.data.sample import CONTEXT_DTYPE, NUMPY_DTYPES, TORCH_DTYPES, SampleDtype, npy_header
 
 HEADER_ROOM: Final = 512
 """Bytes kept for the npy header of a row; the longest that is read."""
@@ -27,7 +27,7 @@ class Batch:
     values: [m, F, L, C] latents or [m, F, H, W, 3] pixels in the stored dtype, in a reused (pinned where CUDA is
     there) buffer: valid until the next batch is asked for. sample_ids: int64 [m], the 64 bits of the keys.
     class_ids: int64 [m], -1 where a sample has no label, or None for a dataset without classes.
-    context: text embeddings [m, K, D] or None.
+    context: text embeddings float16 [m, K, D], in reused memory too, or None for a dataset without them.
     """
 
     values: torch.Tensor
@@ -45,6 +45,9 @@ class RowBuffer:
     shape: tuple[int, ...]
     dtype: SampleDtype
     pinned: bool = False
+    context_shape: tuple[int, ...] | None = None
+    context: RowBuffer | None = field(init=False)
+    """Rows of the samples' second member, where they have one."""
     values: torch.Tensor = field(init=False)
     heads: npt.NDArray[np.uint8] = field(init=False)
     keys: npt.NDArray[np.uint64] = field(init=False)
@@ -71,11 +74,16 @@ class RowBuffer:
         self._pieces = self.bits.reshape(self.rows * self._pieces_per_row, -1)
         scratch = np.empty_like(self._pieces[: max(1, _PIECE * 2 // self._pieces.shape[1])])
         self._scratch = scratch if self.dtype != "uint8" else None
+        shape = self.context_shape
+        self.context = None if shape is None else RowBuffer(self.rows, shape, CONTEXT_DTYPE, self.pinned)
 
     @staticmethod
-    def bytes_for(rows: int, shape: tuple[int, ...], dtype: SampleDtype) -> int:
+    def bytes_for(
+        rows: int, shape: tuple[int, ...], dtype: SampleDtype, context_shape: tuple[int, ...] | None = None
+    ) -> int:
         """Memory that one buffer takes."""
-        return rows * (math.prod(shape) * NUMPY_DTYPES[dtype].itemsize + HEADER_ROOM + 16)
+        context = 0 if context_shape is None else RowBuffer.bytes_for(rows, context_shape, CONTEXT_DTYPE)
+        return rows * (math.prod(shape) * NUMPY_DTYPES[dtype].itemsize + HEADER_ROOM + 16) + context
 
     def nonfinite_rows(self, first: int, last: int) -> list[int]:
         """Which of the rows [first, last) hold an infinity or NaN: an exponent of all ones."""

@@ -7,7 +7,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Final, NamedTuple
+from typing import Any, Final, NamedTuple, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -21,10 +21,14 @@ from ardist.data.health import SampleHealth, Substitution
 from ardist.data.manifest import Manifest
 from ardist.data.order import Places
 from ardist.data.pipeline import OrderedPipeline
+from ardist.data.sample import SampleDtype
 from ardist.data.sanity import LatentSanity
 from ardist.errors import ConfigError
 
 _MAX_BUFFERS: Final = 32
+
+Layout: TypeAlias = tuple[tuple[int, ...], SampleDtype, tuple[int, ...] | None]
+"""What decides which samples may stand in one buffer: shape, dtype, and the context's shape."""
 
 
 class Piece(NamedTuple):
@@ -51,12 +55,20 @@ class Step:
     substitutions: dict[int, Substitution] = field(default_factory=dict)
 
 
+def _layout(manifest: Manifest) -> Layout:
+    return manifest.shape, manifest.dtype, manifest.context_shape
+
+
 class BatchLoader(ABC):
     """Endless iterator of this rank's batches; a subclass says which samples make a step.
 
     ``state_dict()`` covers the batches handed out so far and nothing that was read ahead; it is the same on every
     rank. The tensors of a batch are reused: they are valid until the next one is asked for. A child process made by a
     fork continues by itself from where the parent was.
+
+    batch_size, global_batch_size: m and G. global_batch_sizes: that of every dataset, which only a token budget
+    (data.tokens_per_batch) makes differ; then G is the one of the longest samples, and a batch has as many rows as
+    its dataset's.
     """
 
     def __init__(
@@ -67,14 +79,21 @@ class BatchLoader(ABC):
         global_batch_size: int,
         rank: int,
         world_size: int,
+        batches: Sequence[int] | None = None,
     ) -> None:
         self.config, self.streams = config, tuple(streams)
         self.rank, self.world_size, self.global_batch_size = rank, world_size, global_batch_size
         self.batch_size = global_batch_size // world_size
+        self.global_batch_sizes = tuple(batches or [global_batch_size] * len(streams))
         self._health = SampleHealth(config.max_bad_fraction)
         self._sanity = [LatentSanity(stream.manifest, stream.path) for stream in self.streams]
-        self._shapes = list(dict.fromkeys((stream.manifest.shape, stream.manifest.dtype) for stream in self.streams))
-        self._whole_windows = False
+        # Datasets of one shape have one batch size, because they have the same number of tokens.
+        self._rows = {
+            _layout(stream.manifest): batch // world_size
+            for stream, batch in zip(self.streams, self.global_batch_sizes, strict=True)
+        }
+        self._shapes = list(self._rows)
+        self._whole_windows = [False] * len(self.streams)
         self._buffer_count = self._count_buffers()
         self._pipeline: OrderedPipeline[Step, list[RowBuffer]] | None = None
         self._planned: Any = None
@@ -119,7 +138,8 @@ class BatchLoader(ABC):
     def __next__(self) -> Batch:
         if self._closed:
             raise RuntimeError("this loader is closed")
-        if self._pipeline is None or self._process != os.getpid():
+        self._leave_parent()
+        if self._pipeline is None:
             self._start()
         assert self._pipeline is not None
         step, buffers = self._pipeline.take()
@@ -128,8 +148,8 @@ class BatchLoader(ABC):
         for piece in step.pieces:
             self._sanity[piece.dataset].look(buffer.values[piece.slot : piece.slot + len(piece.places.positions)])
         self._consume(step.after)
-        self._samples += self.batch_size
-        self._bytes += buffer.values.nbytes
+        self._samples += len(buffer.keys)
+        self._bytes += buffer.values.nbytes + (0 if buffer.context is None else buffer.context.values.nbytes)
         return self._batch(step, buffer)
 
     def _batch(self, step: Step, buffer: RowBuffer) -> Batch:
@@ -139,11 +159,11 @@ class BatchLoader(ABC):
             sample_ids=torch.from_numpy(buffer.keys.view(np.int64).copy()),
             epoch=step.epoch,
             class_ids=torch.from_numpy(buffer.class_ids.copy()) if labelled else None,
+            context=None if buffer.context is None else buffer.context.values,
         )
 
     def _buffer_of(self, step: Step) -> int:
-        manifest = self.streams[step.pieces[0].dataset].manifest
-        return self._shapes.index((manifest.shape, manifest.dtype))
+        return self._shapes.index(_layout(self.streams[step.pieces[0].dataset].manifest))
 
     def _lanes(self, step: Step) -> npt.NDArray[np.int64]:
         """A number for the lane of every row, different for every dataset."""
@@ -156,24 +176,27 @@ class BatchLoader(ABC):
         )
 
     def _start(self) -> None:
-        """Start reading at what was consumed. After a fork the parent's threads and locks are left behind."""
-        if self._process != os.getpid():
-            self._process = os.getpid()
-            for stream in self.streams:
-                stream.after_fork()
+        """Start reading at what was consumed."""
         self._planned = self._position()
-        for stream in self.streams:
-            stream.begin(whole_windows=self._whole_windows)
+        for stream, whole in zip(self.streams, self._whole_windows, strict=True):
+            stream.begin(whole_windows=whole)
         # From windows in memory one thread copies faster than two, which would wait for Python's lock in turns.
-        threads = 1 if self._whole_windows else min(self.config.fetch_threads, self._buffer_count - 1)
+        threads = 1 if all(self._whole_windows) else min(self.config.fetch_threads, self._buffer_count - 1)
         self._pipeline = OrderedPipeline(
             self._plan, self._fill, self._make_buffer, self._buffer_count, threads, "ardist-read"
         )
 
+    def _leave_parent(self) -> None:
+        """In a process made by a fork: the parent's threads are not here, and its locks may never open."""
+        if self._process != os.getpid():
+            self._process, self._pipeline = os.getpid(), None
+            for stream in self.streams:
+                stream.after_fork()
+
     def _make_buffer(self) -> list[RowBuffer]:
         """Room for one batch of any of the datasets."""
         pinned = torch.cuda.is_available()
-        return [RowBuffer(self.batch_size, shape, dtype, pinned) for shape, dtype in self._shapes]
+        return [RowBuffer(rows, shape, dtype, pinned, context) for (shape, dtype, context), rows in self._rows.items()]
 
     def _plan(self) -> Step:
         step = self._plan_step(self._planned)
@@ -181,10 +204,10 @@ class BatchLoader(ABC):
         return step
 
     def _fill(self, step: Step, buffers: list[RowBuffer]) -> None:
-        fault.point("data.fill")
         buffer = buffers[self._buffer_of(step)]
         filled = 0
         try:
+            fault.point("data.fill")
             for piece in step.pieces:
                 filled += 1
                 stream = self.streams[piece.dataset]
@@ -195,11 +218,13 @@ class BatchLoader(ABC):
 
     def _count_buffers(self) -> int:
         """Batch buffers that fit in the bound: one for the consumer and at least one to read ahead."""
-        size = sum(RowBuffer.bytes_for(self.batch_size, shape, dtype) for shape, dtype in self._shapes)
+        size = sum(RowBuffer.bytes_for(rows, *layout) for layout, rows in self._rows.items())
         if 2 * size > self.config.prefetch_bytes:
-            shapes = " and ".join(f"{list(shape)} ({dtype})" for shape, dtype in self._shapes)
+            shapes = " and ".join(
+                f"{rows} samples {list(shape)} ({dtype})" for (shape, dtype, _), rows in self._rows.items()
+            )
             raise ConfigError(
-                f"two batches of {self.batch_size} samples {shapes} take {2 * size} bytes, more than "
+                f"two batches of {shapes} take {2 * size} bytes, more than "
                 f"data.prefetch_bytes={self.config.prefetch_bytes}; legal: {2 * size} or more, or a smaller batch"
             )
         return min((self.config.prefetch_bytes - self._arena_bytes(size)) // size, _MAX_BUFFERS)
@@ -207,11 +232,13 @@ class BatchLoader(ABC):
     def _arena_bytes(self, size: int) -> int:
         """Memory for reading whole windows ahead beside batches of `size` bytes: 0 where it does not fit or pay."""
         needs = [stream.arena_bytes() for stream in self.streams]
-        total = sum(need for need in needs if need is not None)
+        total = sum(need or 0 for need in needs)
         # A batch as long as a window leaves no time to read ahead; ranks that share a lane would all read it.
-        pays = self.global_batch_size <= self.config.lanes * self.config.window and self.world_size <= self.config.lanes
-        self._whole_windows = None not in needs and pays and total + 2 * size <= self.config.prefetch_bytes
-        return total if self._whole_windows else 0
+        longest = self.config.lanes * self.config.window
+        pays = max(self.global_batch_sizes) <= longest and self.world_size <= self.config.lanes
+        fits = pays and total + 2 * size <= self.config.prefetch_bytes
+        self._whole_windows = [fits and need is not None for need in needs]
+        return total if fits else 0
 
     def metrics(self) -> dict[str, float]:
         """Totals since the start: samples, rates, seconds the consumer waited, substitutions, retries, cache."""
@@ -223,6 +250,7 @@ class BatchLoader(ABC):
                 reading[name] = reading.get(name, 0.0) + value
         return {
             "samples": self._samples,
+            "bytes": self._bytes,
             "samples_per_second": self._samples / seconds,
             "megabytes_per_second": self._bytes / seconds / 1e6,
             "wait_seconds": waited,
@@ -237,16 +265,21 @@ class BatchLoader(ABC):
         return list(self._health.substitutions)
 
     def _stop(self) -> None:
-        if self._process == os.getpid():
-            if self._pipeline is not None:
-                self._waited += self._pipeline.wait_seconds
-                self._pipeline.close()
-            for stream in self.streams:
-                stream.end()
-        self._pipeline = None
+        self._leave_parent()
+        for stream in self.streams:
+            stream.stop()
+        if self._pipeline is not None:
+            self._waited += self._pipeline.wait_seconds
+            self._pipeline.close()
+            self._pipeline = None
+        for stream in self.streams:
+            stream.end()
 
     def close(self) -> None:
-        """Stop the threads, close every file; safe to call twice."""
+        """Stop the threads, close every file; safe to call twice.
+
+        A read that hangs is waited for some seconds, then left behind and counted (``loader.thread_left_behind``).
+        """
         self._closed = True
         self._stop()
         for stream in self.streams:

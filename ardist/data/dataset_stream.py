@@ -40,24 +40,27 @@ class DatasetStream:
     The start compares the sizes of all files with the manifest: `DataError` lists what is missing or of another size,
     unless ``config.missing_shards`` says to do without those shards. Where the dataset is in an object store, only
     rank 0 looks (all ranks would ask the same), except where the ranks must know what to do without.
+
+    lanes: those from which this rank takes its samples; None where they change from batch to batch.
     """
 
-    def __init__(self, config: DataConfig, path: str, manifest: Manifest, *, seed: int, rank: int, ranks: int) -> None:
+    def __init__(
+        self, config: DataConfig, path: str, manifest: Manifest, *, seed: int, rank: int, lanes: range | None
+    ) -> None:
         self.config, self.path, self.manifest = config, path, manifest
         counts = np.fromiter((shard.n for shard in manifest.shards), np.int64, len(manifest.shards))
         self.order = LaneOrder(counts, seed=seed, lanes=config.lanes, window=config.window)
         self.num_classes = len(manifest.classes) if manifest.classes is not None else None
         self._source = open_source(config, path, manifest)
         self._reader = SampleReader(
-            self._source, max_open=_max_open(4 * (-(-config.lanes // ranks) + 1)), num_classes=self.num_classes
+            self._source, max_open=_max_open(4 * (len(lanes or range(config.lanes)) + 1)), num_classes=self.num_classes
         )
         look = rank == 0 or self._source.looks_are_free or config.missing_shards == "substitute"
         self._missing = self._check_files() if look else frozenset()
         self._lock = threading.Lock()
         self._read_ahead: ReadAhead | None = None
         self._arena: WindowArena | None = None
-        # Where the batch is not a multiple of the lanes, a rank's lanes are these for most of its samples.
-        self._lanes = range(config.lanes * rank // ranks, -(-config.lanes * (rank + 1) // ranks))
+        self._lanes = lanes or range(0)
 
     def _check_files(self) -> frozenset[str]:
         problems = missing_or_resized(self._source)
@@ -137,8 +140,10 @@ class DatasetStream:
 
     def arena_bytes(self) -> int | None:
         """Memory that reading whole windows ahead takes; None where it would gain nothing."""
+        if not self._lanes or self.manifest.context_shape is not None:
+            return None
         shape, dtype = self.manifest.shape, self.manifest.dtype
-        return WindowArena.bytes_for(len(self._lanes), self.config.window, shape, dtype)
+        return WindowArena.bytes_for(len(self._lanes), min(self.order.window, self.order.lane_length), shape, dtype)
 
     def begin(self, *, whole_windows: bool) -> None:
         """Start reading ahead; `whole_windows`: into memory."""
@@ -146,8 +151,13 @@ class DatasetStream:
         self._arena = WindowArena(self.order, self._lanes, shape, dtype) if whole_windows else None
         self._read_ahead = ReadAhead(self.order, self._reader, self._arena, self.config.fetch_threads, self._lock)
 
+    def stop(self) -> None:
+        """Read nothing ahead any more; whoever waits for it is sent away with an `ArenaClosedError`."""
+        if self._read_ahead is not None:
+            self._read_ahead.stop()
+
     def end(self) -> None:
-        """Stop reading ahead."""
+        """Stop reading ahead, and wait for the reads under way."""
         if self._read_ahead is not None:
             self._read_ahead.close()
         self._read_ahead = self._arena = None
@@ -165,6 +175,11 @@ class DatasetStream:
         """Stop reading ahead and close every file."""
         self.end()
         self._reader.close()
+
+
+def lanes_of_rank(lanes: int, rank: int, ranks: int) -> range:
+    """The lanes from which a rank takes its part of a batch that is a multiple of the lanes."""
+    return range(lanes * rank // ranks, -(-lanes * (rank + 1) // ranks))
 
 
 def unbroken(numbers: npt.NDArray[np.int64]) -> Iterator[tuple[int, int]]:

@@ -12,7 +12,7 @@ import torch
 from ardist.config.data import DataConfig
 from ardist.data.batch import Batch, RowBuffer
 from ardist.data.batch_loader import BatchLoader, Piece, Step
-from ardist.data.dataset_stream import DatasetStream
+from ardist.data.dataset_stream import DatasetStream, lanes_of_rank
 from ardist.data.manifest import Manifest, load_manifest
 from ardist.data.mixture import MixedLoader
 from ardist.data.order import Cursor, batch_start, check_layout, check_rank
@@ -49,7 +49,8 @@ class StreamingLoader(BatchLoader):
         check_layout(
             manifest.num_samples, lanes=config.lanes, global_batch_size=global_batch_size, world_size=world_size
         )
-        stream = DatasetStream(config, config.path, manifest, seed=seed, rank=rank, ranks=world_size)
+        lanes = lanes_of_rank(config.lanes, rank, world_size)
+        stream = DatasetStream(config, config.path, manifest, seed=seed, rank=rank, lanes=lanes)
         super().__init__(config, [stream], global_batch_size=global_batch_size, rank=rank, world_size=world_size)
         self._order = stream.order
         self._cursor = Cursor(manifest.digest(), seed, config.lanes, config.window)
@@ -99,7 +100,7 @@ def read_samples(dataset_url: str | os.PathLike[str], indices: Sequence[int] | N
     ends = np.cumsum(counts)
     shards = np.searchsorted(ends, wanted, side="right")
     rows = wanted - (ends[shards] - counts[shards])
-    buffer = RowBuffer(len(wanted), manifest.shape, manifest.dtype)
+    buffer = RowBuffer(len(wanted), manifest.shape, manifest.dtype, context_shape=manifest.context_shape)
     num_classes = len(manifest.classes) if manifest.classes is not None else None
     reader = SampleReader(open_source(config, config.path, manifest), num_classes=num_classes)
     try:
@@ -113,4 +114,5 @@ def read_samples(dataset_url: str | os.PathLike[str], indices: Sequence[int] | N
         sample_ids=torch.from_numpy(buffer.keys.view(np.int64)),
         epoch=0,
         class_ids=torch.from_numpy(buffer.class_ids) if manifest.classes is not None else None,
+        context=None if buffer.context is None else buffer.context.values,
     )

@@ -13,7 +13,15 @@ from typing import Annotated, Any, Final, Literal
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    model_serializer,
+    model_validator,
+)
 
 from ardist.config.base import canonical_digest
 from ardist.data.errors import ManifestError
@@ -25,11 +33,20 @@ SCHEMA_VERSION: Final = 1
 
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Count = Annotated[int, Field(ge=1, lt=2**63)]
+ContextShape = tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]]
 _SHARD_NAME: Final = re.compile(r"(?:[A-Za-z0-9_][A-Za-z0-9._-]*/)*[A-Za-z0-9_][A-Za-z0-9._-]*\.tar")
 
 
 class _Record(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+    @model_serializer(mode="wrap")
+    def _without_what_came_later(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """A dataset without text embeddings has the bytes and the digest that it had before there were any."""
+        fields: dict[str, Any] = serialize(self)
+        if fields.get("context_shape", ()) is None:
+            del fields["context_shape"]
+        return fields
 
 
 class Sums(_Record):
@@ -56,6 +73,7 @@ class ShardEntry(_Record):
     index_sha256: Sha256
     shape: tuple[Annotated[int, Field(ge=1)], ...]
     dtype: SampleDtype
+    context_shape: ContextShape | None = None
     sums: Sums | None = None
 
     @property
@@ -101,6 +119,7 @@ class Manifest(_Record):
     num_bytes: Count
     shape: tuple[Annotated[int, Field(ge=1)], ...] = Field(description="[F, L, C] latents or [F, H, W, 3] pixels")
     dtype: SampleDtype
+    context_shape: ContextShape | None = Field(None, description="[K, D] of the text embeddings, if there are any")
     classes: tuple[str, ...] | None = None
     parent: Sha256 | None = Field(None, description="digest of the manifest this one extends")
     shards: tuple[ShardEntry, ...] = Field(min_length=1)
@@ -141,6 +160,10 @@ class Manifest(_Record):
         other = [shard.name for shard in self.shards if (shard.shape, shard.dtype) != (self.shape, self.dtype)]
         if other:
             yield f"{len(other)} shards are not {self.dtype} {list(self.shape)}: {', '.join(other[:3])}"
+        other = [shard.name for shard in self.shards if shard.context_shape != self.context_shape]
+        if other:
+            context = "no context" if self.context_shape is None else f"context {list(self.context_shape)}"
+            yield f"{len(other)} shards do not have the dataset's {context}: {', '.join(other[:3])}"
 
     def digest(self) -> str:
         """sha256 of the content (everything but `created`): the same build gives the same digest."""
@@ -215,6 +238,7 @@ def fold_shards(shards: Iterable[ShardEntry], **header: Any) -> Manifest:
         "num_bytes": sum(shard.bytes for shard in entries),
         "shape": entries[0].shape,
         "dtype": entries[0].dtype,
+        "context_shape": entries[0].context_shape,
         "latent_statistics": statistics,
         "shards": tuple(entries),
     }
@@ -228,17 +252,27 @@ def fold_shards(shards: Iterable[ShardEntry], **header: Any) -> Manifest:
 def check_manifest(manifest: Manifest, expected: Mapping[str, Any], source: str = "the dataset") -> None:
     """Compare a manifest with what the run was started with; `ManifestError` lists every difference.
 
-    `expected` may hold ``kind``, ``shape``, ``dtype``, ``vae_weights_digest``, ``vae_config_digest``,
-    ``num_classes`` (at least as many as the manifest's classes) and ``digest``; a value of None is not compared, and
-    so is a None inside a shape.
+    `expected` may hold ``kind``, ``shape``, ``dtype``, ``context_shape``, ``vae_weights_digest``,
+    ``vae_config_digest``, ``num_classes`` (at least as many as the manifest's classes) and ``digest``; a value of None
+    is not compared, and so is a None inside a shape.
     """
-    legal = {"kind", "shape", "dtype", "vae_weights_digest", "vae_config_digest", "num_classes", "digest"}
+    legal = {
+        "kind",
+        "shape",
+        "dtype",
+        "context_shape",
+        "vae_weights_digest",
+        "vae_config_digest",
+        "num_classes",
+        "digest",
+    }
     if unknown := set(expected) - legal:
         raise TypeError(f"nothing called {sorted(unknown)} can be checked; legal: {sorted(legal)}")
     found: dict[str, Any] = {
         "kind": manifest.kind,
         "shape": manifest.shape,
         "dtype": manifest.dtype,
+        "context_shape": manifest.context_shape,
         "vae_weights_digest": manifest.vae and manifest.vae.weights_digest,
         "vae_config_digest": manifest.vae and manifest.vae.config_digest,
         "num_classes": len(manifest.classes or ()),

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from dataclasses import replace
+from fractions import Fraction
 from typing import Any, Final, NamedTuple
 
 import numpy as np
@@ -11,7 +14,8 @@ import torch
 from ardist.config.data import DataConfig
 from ardist.data.batch import Batch, RowBuffer
 from ardist.data.batch_loader import BatchLoader, Piece, Step
-from ardist.data.dataset_stream import DatasetStream
+from ardist.data.buckets import bucket_batches
+from ardist.data.dataset_stream import DatasetStream, lanes_of_rank
 from ardist.data.errors import ManifestError
 from ardist.data.keyed import Domain, derive_key
 from ardist.data.manifest import Manifest, load_manifest
@@ -39,7 +43,9 @@ class MixedLoader(BatchLoader):
     same occurrence of a sample on any number of ranks, and another one for its next occurrence.
 
     ``mixture_by: step``: every step is of one dataset on all ranks, exact to one step; shapes may differ (images and
-    videos). Epoch and sample ids are those of the dataset.
+    videos). Epoch and sample ids are those of the dataset. With ``tokens_per_batch`` the datasets are buckets: each
+    one's batch is the largest multiple of the lanes whose samples hold no more tokens than that, so that steps of
+    short and of long clips cost about the same. Weights are shares of the steps.
 
     All datasets need the same latents (VAE) and the same classes.
     """
@@ -53,20 +59,55 @@ class MixedLoader(BatchLoader):
             raise ConfigError(f"rank {rank} is not one of {world_size} ranks (0..{world_size - 1})")
         manifests = [load_manifest(part.path) for part in config.mixture]
         _check_together(config, manifests)
-        for manifest in manifests:
-            check_layout(
-                manifest.num_samples, lanes=config.lanes, global_batch_size=global_batch_size, world_size=world_size
+        batches = (global_batch_size,) * len(manifests)
+        if config.tokens_per_batch is not None:
+            batches = bucket_batches(
+                manifests,
+                config.tokens_per_batch,
+                lanes=config.lanes,
+                world_size=world_size,
+                global_batch_size=global_batch_size,
             )
+        for manifest, batch in zip(manifests, batches, strict=True):
+            check_layout(manifest.num_samples, lanes=config.lanes, global_batch_size=batch, world_size=world_size)
         self._weights = [part.weight for part in config.mixture]
         self._shares = exact_shares(self._weights)
         self._slots = SlotShares(self._shares, global_batch_size) if config.mixture_by == "sample" else None
         streams = [
-            DatasetStream(config, part.path, manifest, seed=seed, rank=rank, ranks=world_size)
-            for part, manifest in zip(config.mixture, manifests, strict=True)
+            DatasetStream(
+                config,
+                part.path,
+                manifest,
+                seed=seed,
+                rank=rank,
+                lanes=self._lanes_of(number, global_batch_size, rank, world_size, config.lanes),
+            )
+            for number, (part, manifest) in enumerate(zip(config.mixture, manifests, strict=True))
         ]
-        super().__init__(config, streams, global_batch_size=global_batch_size, rank=rank, world_size=world_size)
+        super().__init__(
+            config,
+            streams,
+            global_batch_size=global_batch_size,
+            rank=rank,
+            world_size=world_size,
+            batches=batches,
+        )
         self._seed, self._digests = seed, [manifest.digest() for manifest in manifests]
         self._now = _Mixed(0, (0,) * len(streams), ((0, 0),) * len(streams))
+
+    def _lanes_of(self, number: int, batch: int, rank: int, ranks: int, lanes: int) -> range | None:
+        """The lanes of a dataset that hold its part of this rank's slots, one more to either side for rounding."""
+        if self._slots is None or ranks == 1:
+            return lanes_of_rank(lanes, rank, ranks)
+        share, before = self._shares[number], sum(self._shares[:number], Fraction(0))
+        first = max(Fraction(0), (Fraction(rank, ranks) - before) / share)
+        last = min(Fraction(1), (Fraction(rank + 1, ranks) - before) / share)
+        if first >= last:
+            return range(0)
+        if last - first < 1 and share * batch < 4 * lanes:
+            # With few samples per lane and batch it is another lane every time that begins a rank's slots.
+            return None
+        return range(max(0, math.floor(first * lanes) - 1), min(lanes, math.ceil(last * lanes) + 1))
 
     @property
     def manifests(self) -> tuple[Manifest, ...]:
@@ -98,8 +139,9 @@ class MixedLoader(BatchLoader):
         return Step(pieces, 0, position._replace(consumed=position.consumed + count))
 
     def _plan_turn(self, position: _Mixed) -> Step:
-        count, size = self.global_batch_size, self.batch_size
         number = next_turn(self._shares, position.turns)
+        count = self.global_batch_sizes[number]
+        size = count // self.world_size
         epoch, consumed = position.cursors[number]
         if consumed + count > self.streams[number].order.stream_length:
             epoch, consumed = epoch + 1, 0
@@ -118,7 +160,7 @@ class MixedLoader(BatchLoader):
         for piece in step.pieces:
             rows = slice(piece.slot, piece.slot + len(piece.places.positions))
             ids[rows] ^= derive_key(Domain.MIX, piece.dataset, piece.epoch)
-        return Batch(batch.values, torch.from_numpy(ids.view(np.int64)), 0, batch.class_ids)
+        return replace(batch, sample_ids=torch.from_numpy(ids.view(np.int64)), epoch=0)
 
     def state_dict(self) -> dict[str, Any]:
         state: dict[str, Any] = {**self._identity(), "consumed": self._now.consumed}
@@ -181,6 +223,11 @@ def _check_together(config: DataConfig, manifests: Sequence[Manifest]) -> None:
             )
         if manifest.vae != first.vae:
             problems.append(f"{part.path} was encoded by another VAE than {config.mixture[0].path}")
+        if manifest.context_shape != first.context_shape:
+            problems.append(
+                f"{part.path} has context of shape {manifest.context_shape}, {config.mixture[0].path} "
+                f"{first.context_shape} (None: no text embeddings)"
+            )
         if manifest.classes != first.classes:
             problems.append(f"{part.path} has other classes than {config.mixture[0].path}")
     if problems:

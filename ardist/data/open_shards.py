@@ -12,13 +12,14 @@ from collections.abc import Callable
 from typing import Generic, TypeVar
 
 import numpy as np
+import numpy.typing as npt
 
 from ardist.data.batch import HEADER_ROOM
 from ardist.data.errors import ShardError
 from ardist.data.manifest import ShardEntry
-from ardist.data.sample import NUMPY_DTYPES, key_from_int
+from ardist.data.sample import CONTEXT_DTYPE, NUMPY_DTYPES, SampleDtype, key_from_int
 from ardist.data.source import ShardSource
-from ardist.data.tar_index import TarIndex, build_index
+from ardist.data.tar_index import CONTEXT_RECORD, TarIndex, build_index
 from ardist.events import events
 from ardist.storage import MissingObjectError
 
@@ -63,38 +64,72 @@ class OpeningCache(Generic[Key, Value]):
         with self._lock:
             self._values.pop(key, None)
 
-    def clear(self) -> None:
-        """Forget all values."""
+    def close(self) -> None:
+        """Forget all values and keep none from now on."""
         with self._lock:
+            self._limit = 0
             self._values.clear()
 
 
+class Members:
+    """The members of one kind in a shard, one of each sample: where they are, and what they look like."""
+
+    def __init__(
+        self,
+        what: str,
+        shape: tuple[int, ...],
+        dtype: SampleDtype,
+        offsets: npt.NDArray[np.uint64],
+        sizes: npt.NDArray[np.uint32],
+        hashes: npt.NDArray[np.uint64],
+    ) -> None:
+        self._what, self._shape, self._dtype = what, shape, dtype
+        self.offsets, self.sizes, self.hashes = offsets, sizes, hashes
+        self.member_size = int(np.median(sizes))
+        self.same_sizes = bool((sizes == self.member_size).all())
+        self.header_length = self.member_size - self._values()
+
+    def _values(self) -> int:
+        return math.prod(self._shape) * NUMPY_DTYPES[self._dtype].itemsize
+
+    def wrong_size(self, row: int) -> str:
+        """What to say about a member of another length than the dataset's shape takes."""
+        return (
+            f"its {self._what} member is {self.sizes.item(row)} bytes long; {self._dtype} {list(self._shape)} needs a "
+            f"header and {self._values()} bytes"
+        )
+
+
 class OpenShard:
-    """The columns of a shard's index, and what its members look like."""
+    """The columns of a shard's index: its samples' values, and their context where they have one."""
 
     def __init__(self, number: int, entry: ShardEntry, index: TarIndex, parts: int) -> None:
         self.number, self.entry, self.name, self.parts = number, entry, entry.name, parts
         records = np.asarray(index.records)
-        self.offsets, self.sizes = records["offset"], records["size"]
-        self.hashes, self.keys, self.class_ids = records["hash"], records["key"], records["class_id"]
-        self.member_size = int(np.median(self.sizes))
-        self.same_sizes = bool((self.sizes == self.member_size).all())
+        self.keys, self.class_ids = records["key"], records["class_id"]
         self.highest_class = int(self.class_ids.max())
-        self.header_length = self.member_size - math.prod(entry.shape) * NUMPY_DTYPES[entry.dtype].itemsize
-        if not 10 <= self.header_length <= HEADER_ROOM:
-            raise ShardError(self.name, "header", self.wrong_size(0))
+        columns = records["offset"], records["size"], records["hash"]
+        self.values = Members("npy", entry.shape, entry.dtype, *columns)
+        self.context: Members | None = None
+        if entry.context_shape is not None:
+            if records.dtype != CONTEXT_RECORD:
+                raise ShardError(self.name, "index", "its index names no context, but the manifest says there is one")
+            columns = records["context_offset"], records["context_size"], records["context_hash"]
+            self.context = Members("context", entry.context_shape, CONTEXT_DTYPE, *columns)
+        self.kinds = [self.values] if self.context is None else [self.values, self.context]
+        for members in self.kinds:
+            if not 10 <= members.header_length <= HEADER_ROOM:
+                raise ShardError(self.name, "header", members.wrong_size(0))
 
-    def error(self, row: int, reason: str, detail: str) -> ShardError:
-        """An error that names the shard, the offset and the sample of `row`."""
-        return ShardError(self.name, reason, detail, self.offsets.item(row), key_from_int(self.keys.item(row)))
+    def error(self, row: int, reason: str, detail: str, members: Members | None = None) -> ShardError:
+        """An error that names the shard, the sample of `row`, and the offset of its values or another member."""
+        offset = (members or self.values).offsets.item(row)
+        return ShardError(self.name, reason, detail, offset, key_from_int(self.keys.item(row)))
 
-    def wrong_size(self, row: int) -> str:
-        """What to say about a member of another length than the dataset's shape takes."""
-        values = math.prod(self.entry.shape) * NUMPY_DTYPES[self.entry.dtype].itemsize
-        return (
-            f"its npy member is {self.sizes.item(row)} bytes long; {self.entry.dtype} {list(self.entry.shape)} needs a "
-            f"header and {values} bytes"
-        )
+    def extent(self, first: int, last: int) -> tuple[int, int]:
+        """[start, stop) bytes of the tar with all members of rows first..last."""
+        start = min(members.offsets.item(first) for members in self.kinds)
+        return start, max(members.offsets.item(last) + members.sizes.item(last) for members in self.kinds)
 
     def part_of(self, row: int) -> int:
         """The part that holds `row`: part k has the rows [n k / parts, n (k + 1) / parts), rounded down."""
@@ -108,8 +143,8 @@ class OpenShard:
         """[start, stop) bytes of the tar that a part needs: all of it where there is only one."""
         if self.parts == 1:
             return 0, self.entry.bytes
-        first, last = self.rows(part)
-        return self.offsets.item(first), self.offsets.item(last - 1) + self.sizes.item(last - 1)
+        first, stop = self.rows(part)
+        return self.extent(first, stop - 1)
 
 
 class OpenPart:
@@ -121,6 +156,8 @@ class OpenPart:
         start, stop = shard.span(part)
         self.fd, self.base = source.open(shard.number, start, stop)
         self._finalizer = weakref.finalize(self, os.close, self.fd)
+        # The end of the program closes files by itself; before it a thread may still be reading.
+        self._finalizer.atexit = False
         found = os.fstat(self.fd).st_size
         if found != stop - start:
             raise ShardError(shard.name, "length", f"is {found} bytes long, the manifest says {stop - start}")
@@ -141,6 +178,7 @@ class ShardTable:
 
     def after_fork(self) -> None:
         """Make new locks; open files are shared with the parent and stay good for ``pread``."""
+        self._source.after_fork()
         self._shards.after_fork()
         self._parts.after_fork()
 
@@ -191,7 +229,9 @@ class ShardTable:
         events.count("loader.index_rebuilt", shard=entry.name, reason=reason)
         descriptor, _ = self._source.open(number, 0, entry.bytes)
         with os.fdopen(descriptor, "rb") as file:
-            index = build_index(file, name=entry.name, shape=entry.shape, dtype=entry.dtype)
+            index = build_index(
+                file, name=entry.name, shape=entry.shape, dtype=entry.dtype, context=entry.context_shape
+            )
         if index.tar_sha256 != entry.sha256 or len(index) != entry.n:
             raise ShardError(
                 entry.name,
@@ -219,10 +259,10 @@ class ShardTable:
         for part in range(shard.part_of(first), shard.part_of(last) + 1):
             opened = self.part(number, shard.rows(part)[0])
             low, high = max(first, opened.first), min(last, opened.last - 1)
-            start, stop = shard.offsets.item(low), shard.offsets.item(high) + shard.sizes.item(high)
+            start, stop = shard.extent(low, high)
             self._source.advise(opened.fd, start - opened.base, stop - opened.base)
 
     def close(self) -> None:
         """Let go of every file."""
-        self._parts.clear()
-        self._shards.clear()
+        self._parts.close()
+        self._shards.close()

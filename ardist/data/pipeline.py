@@ -8,6 +8,8 @@ import time
 from collections.abc import Callable
 from typing import Final, Generic, TypeVar
 
+from ardist.data.fetch_threads import join
+
 _log = logging.getLogger("ardist.data")
 _SAY_SO_AFTER: Final = 30.0
 
@@ -41,7 +43,7 @@ class OrderedPipeline(Generic[Plan, Buffer]):
         self._done: dict[int, tuple[Plan | None, Buffer | None, BaseException | None]] = {}
         self._started = self._taken = 0
         self._held: Buffer | None = None
-        self._stopping = False
+        self._stopping = threading.Event()
         self.wait_seconds = 0.0
         self._threads = [
             threading.Thread(target=self._work, name=f"{name}-{number}", daemon=True) for number in range(threads)
@@ -52,24 +54,31 @@ class OrderedPipeline(Generic[Plan, Buffer]):
     def _work(self) -> None:
         while True:
             with self._changed:
-                while not self._free and not self._to_make and not self._stopping:
+                while not self._free and not self._to_make and not self._stopping.is_set():
                     self._changed.wait()
-                if self._stopping:
+                if self._stopping.is_set():
                     return
                 # The buffer used last is the warmest; a new one is made only while all others are in use.
                 buffer = self._free.pop() if self._free else None
                 self._to_make -= buffer is None
+            plan: Plan | None = None
+            failure: BaseException | None = None
+            try:
+                # Before the plan: what is planned will be filled, others may wait for that.
+                buffer = self._make_buffer() if buffer is None else buffer
+            except Exception as error:  # noqa: BLE001 - raised again in the consumer's thread
+                failure = error
+            with self._changed:
+                if self._stopping.is_set():
+                    return
                 turn = self._started
                 self._started += 1
-                plan: Plan | None = None
-                failure: BaseException | None = None
                 try:
-                    plan = self._plan()
+                    plan = self._plan() if failure is None else None
                 except Exception as error:  # noqa: BLE001 - raised again in the consumer's thread
                     failure = error
-            if plan is not None:
+            if plan is not None and buffer is not None:
                 try:
-                    buffer = self._make_buffer() if buffer is None else buffer
                     self._fill(plan, buffer)
                 except Exception as error:  # noqa: BLE001 - raised again in the consumer's thread
                     failure = error
@@ -87,7 +96,7 @@ class OrderedPipeline(Generic[Plan, Buffer]):
                 self._changed.notify_all()
             before = time.perf_counter()
             while self._taken not in self._done:
-                if self._stopping:
+                if self._stopping.is_set():
                     raise RuntimeError("the pipeline is closed")
                 if not self._changed.wait(_SAY_SO_AFTER):
                     _log.warning("waiting for data for %.0f s", time.perf_counter() - before)
@@ -101,13 +110,11 @@ class OrderedPipeline(Generic[Plan, Buffer]):
         return plan, buffer
 
     def close(self) -> None:
-        """Stop the threads and wait for the reads under way; safe to call twice."""
+        """Stop the threads and wait for the reads under way, but not for ever; safe to call twice."""
         with self._changed:
-            self._stopping = True
+            self._stopping.set()
             self._changed.notify_all()
-        for thread in self._threads:
-            if thread is not threading.current_thread():
-                thread.join()
+        join(self._threads)
         self._done.clear()
         self._free.clear()
         self._held = None

@@ -6,15 +6,16 @@ import functools
 import logging
 import threading
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
 from ardist.data.errors import ShardError
+from ardist.data.fetch_threads import FetchThreads
 from ardist.data.order import LaneOrder, Places
 from ardist.data.reader import SampleReader
 from ardist.data.window_arena import Window, WindowArena
 from ardist.errors import ArdistError
+from ardist.events import events
 
 _log = logging.getLogger("ardist.data")
 
@@ -35,7 +36,7 @@ class ReadAhead:
         lock: threading.Lock,
     ) -> None:
         self._order, self._reader, self._arena, self._lock = order, reader, arena, lock
-        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="ardist-fetch")
+        self._threads = FetchThreads(threads, "ardist-fetch")
         self._begun: tuple[tuple[int, int, range], ...] = ()
 
     def advance(self, epoch: int, offset: int, lanes: range) -> None:
@@ -60,12 +61,13 @@ class ReadAhead:
         wanted = runs(self._places(epoch, number, lanes))
         if self._arena is None:
             for shard, first, last in wanted:
-                self._pool.submit(self._one, self._reader.prepare, shard, first, last)
+                self._threads.submit(functools.partial(self._one, self._reader.prepare, shard, first, last))
             return
         window = self._arena.begin(epoch, number, len(wanted))
         row = 0
         for shard, first, last in wanted:
-            self._pool.submit(self._one, functools.partial(self._load, window, row), shard, first, last)
+            load = functools.partial(self._load, window, row)
+            self._threads.submit(functools.partial(self._one, load, shard, first, last))
             row += last - first + 1
 
     def _load(self, window: Window, row: int, shard: int, first: int, last: int) -> None:
@@ -83,13 +85,19 @@ class ReadAhead:
         except ShardError as error:
             _log.debug("read-ahead: %s", error)
         except (ArdistError, OSError) as error:
+            events.count("loader.read_ahead_failed", level=logging.DEBUG, shard=shard)
             _log.warning("read-ahead of shard %d failed, the read itself will try again: %s", shard, error)
 
-    def close(self) -> None:
-        """Drop what has not begun and wait for what has."""
+    def stop(self) -> None:
+        """Drop what has not begun, and wake who waits for it."""
+        self._threads.stop()
         if self._arena is not None:
             self._arena.close()
-        self._pool.shutdown(wait=True, cancel_futures=True)
+
+    def close(self) -> None:
+        """Stop, and wait for what has begun."""
+        self.stop()
+        self._threads.close()
 
 
 def runs(places: Places) -> list[tuple[int, int, int]]:

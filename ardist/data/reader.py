@@ -18,7 +18,7 @@ import xxhash
 from ardist import fault
 from ardist.data.batch import RowBuffer
 from ardist.data.errors import ShardError
-from ardist.data.open_shards import OpenPart, OpenShard, ShardTable
+from ardist.data.open_shards import Members, OpenPart, OpenShard, ShardTable
 from ardist.data.sample import check_npy
 from ardist.data.source import ShardSource
 from ardist.data.window_arena import MemberRows
@@ -53,7 +53,7 @@ class SampleReader:
     def __init__(self, source: ShardSource, *, max_open: int = 256, num_classes: int | None = None) -> None:
         self._table = ShardTable(source, max(1, max_open))
         self._num_classes = 2**31 if num_classes is None else num_classes
-        self._headers: set[bytes] = set()
+        self._headers: set[tuple[tuple[int, ...], bytes]] = set()
         self._bad: dict[tuple[int, int], ShardError] = {}
         self.retries = 0
 
@@ -82,9 +82,10 @@ class SampleReader:
 
     def _read_rows(self, part: OpenPart, first: int, stop: int, memory: MemberRows, at: int) -> None:
         shard, count = part.shard, stop - first
-        offsets = shard.offsets[first:stop].astype(np.int64)
+        values = shard.values
+        offsets = values.offsets[first:stop].astype(np.int64)
         gaps = np.diff(offsets) - memory.member_size
-        usual = shard.same_sizes and shard.member_size == memory.member_size
+        usual = values.same_sizes and values.member_size == memory.member_size
         if not usual or (count > 1 and (gaps.min() < 0 or gaps.max() > len(_BETWEEN))):
             return
         start = offsets.item(0) - part.base
@@ -93,8 +94,10 @@ class SampleReader:
             targets += (_BETWEEN[:gap], member)
         if os.preadv(part.fd, targets, start) != offsets.item(-1) - part.base + memory.member_size - start:
             return
-        hashes = shard.hashes[first:stop].tolist()
-        sound = [_hash(member) == digest for member, digest in zip(memory.members[at:], hashes, strict=False)]
+        hashes = values.hashes[first:stop].tolist()
+        sound = [
+            _hash(member) == digest for member, digest in zip(memory.members[at : at + count], hashes, strict=True)
+        ]
         rows, labels = slice(at, at + count), shard.class_ids[first:stop]
         plain = (memory.bytes[rows, : memory.header_length] == memory.expected_header).all(axis=1)
         known = memory.finite(at, at + count) & (labels < self._num_classes)
@@ -124,7 +127,9 @@ class SampleReader:
                 self._read_row(part, row, buffer, here, hasher)
             except ShardError as error:
                 part = self._fetch_again(part, row, buffer, here, hasher, error, bad)
-        self._check_contents(shards, rows, buffer, slot, bad)
+        self._check_contents(shards, rows, buffer, slot, bad, of_context=False)
+        if buffer.context is not None:
+            self._check_contents(shards, rows, buffer.context, slot, bad, of_context=True)
         for here, problem in bad.items():
             if problem.offset is not None and problem.reason != "read" and len(self._bad) < _REMEMBERED:
                 self._bad[int(shards[here - slot]), int(rows[here - slot])] = problem
@@ -158,54 +163,63 @@ class SampleReader:
         return fresh or part
 
     def _read_row(self, part: OpenPart, row: int, buffer: RowBuffer, slot: int, hasher: Any) -> None:
-        """Read one member into a row and compare its hash; the hot path of the loader."""
+        """Read one sample into a row and compare its hashes; the hot path of the loader."""
         shard = part.shard
-        size = shard.member_size
-        if not shard.same_sizes and shard.sizes.item(row) != size:
-            raise shard.error(row, "header", shard.wrong_size(row))
-        target = buffer.targets[slot] if shard.header_length == buffer.header_length else _pieces(shard, buffer, slot)
-        try:
-            complete = os.preadv(part.fd, target, shard.offsets.item(row) - part.base) == size
-        except OSError:
-            complete = False
-        if complete:
-            hasher.reset()
-            hasher.update(target[0])
-            hasher.update(target[1])
-            complete = hasher.intdigest() == shard.hashes.item(row)
-        if not complete:
-            self._read_again(part, row, target)
+        self._read_member(part, shard.values, row, buffer, slot, hasher)
+        if buffer.context is not None:
+            assert shard.context is not None
+            self._read_member(part, shard.context, row, buffer.context, slot, hasher)
         label = shard.class_ids.item(row)
         if shard.highest_class >= self._num_classes and label >= self._num_classes:
             raise shard.error(row, "label", f"class id {label}, but the dataset has {self._num_classes} classes")
         buffer.keys[slot] = shard.keys.item(row)
         buffer.class_ids[slot] = label
 
-    def _read_again(self, part: OpenPart, row: int, target: list[memoryview]) -> None:
+    def _read_member(
+        self, part: OpenPart, members: Members, row: int, buffer: RowBuffer, slot: int, hasher: Any
+    ) -> None:
+        size = members.member_size
+        if not members.same_sizes and members.sizes.item(row) != size:
+            raise part.shard.error(row, "header", members.wrong_size(row), members)
+        usual = members.header_length == buffer.header_length
+        target = buffer.targets[slot] if usual else _pieces(members, buffer, slot)
+        try:
+            complete = os.preadv(part.fd, target, members.offsets.item(row) - part.base) == size
+        except OSError:
+            complete = False
+        if complete:
+            hasher.reset()
+            hasher.update(target[0])
+            hasher.update(target[1])
+            complete = hasher.intdigest() == members.hashes.item(row)
+        if not complete:
+            self._read_again(part, members, row, target)
+
+    def _read_again(self, part: OpenPart, members: Members, row: int, target: list[memoryview]) -> None:
         """The slow path of a read that failed, was short or does not hash right; raises `ShardError`."""
         shard = part.shard
-        offset, problem = shard.offsets.item(row), shard.error(row, "read", "not read")
+        offset, problem = members.offsets.item(row), shard.error(row, "read", "not read", members)
         for attempt in range(_TRIES):
             self.retries += 1
             events.count("loader.read_retry", shard=shard.name, offset=offset, attempt=attempt + 1)
             try:
                 fault.point("data.read_again")
-                data = _read_fully(part.fd, offset - part.base, shard.member_size)
+                data = _read_fully(part.fd, offset - part.base, members.member_size)
             except OSError as error:
-                problem = shard.error(row, "read", f"cannot be read: {error.strerror}")
+                problem = shard.error(row, "read", f"cannot be read: {error.strerror}", members)
                 if error.errno not in _TRANSIENT:
                     break
                 time.sleep(0.05 * 4**attempt)
                 continue
-            if len(data) != shard.member_size:
-                problem = shard.error(row, "length", f"ends after {len(data)} of {shard.member_size} bytes")
+            if len(data) != members.member_size:
+                problem = shard.error(row, "length", f"ends after {len(data)} of {members.member_size} bytes", members)
                 break
-            if xxhash.xxh3_64_intdigest(data) == shard.hashes.item(row):
-                target[0][:] = data[: shard.header_length]
-                target[1][:] = data[shard.header_length :]
+            if xxhash.xxh3_64_intdigest(data) == members.hashes.item(row):
+                target[0][:] = data[: members.header_length]
+                target[1][:] = data[members.header_length :]
                 return
             # The same bytes twice: it is not the way to them that is at fault.
-            problem = shard.error(row, "checksum", "its bytes do not have the xxh3-64 of the index")
+            problem = shard.error(row, "checksum", "its bytes do not have the xxh3-64 of the index", members)
             break
         raise problem
 
@@ -216,40 +230,47 @@ class SampleReader:
         buffer: RowBuffer,
         slot: int,
         bad: dict[int, ShardError],
+        *,
+        of_context: bool,
     ) -> None:
         """Add to `bad` the rows whose header is not the dataset's or whose numbers are not finite."""
+
+        def known(place: int) -> tuple[OpenShard, Members, int]:
+            shard = self._table.shard(int(shards[place]))
+            return shard, shard.kinds[of_context], int(rows[place])
+
         count = len(shards)
         heads = buffer.heads[slot : slot + count]
         for place in np.flatnonzero((heads[:, : buffer.header_length] != buffer.expected).any(axis=1)).tolist():
             if place + slot not in bad:
-                self._check_header(self._table.shard(int(shards[place])), int(rows[place]), buffer, place + slot, bad)
+                self._check_header(*known(place), buffer, place + slot, bad)
         for here in buffer.nonfinite_rows(slot, slot + count):
             if here not in bad:
-                shard = self._table.shard(int(shards[here - slot]))
-                bad[here] = shard.error(int(rows[here - slot]), "nonfinite", "holds NaN or infinity")
+                shard, members, row = known(here - slot)
+                bad[here] = shard.error(row, "nonfinite", "holds NaN or infinity", members)
 
     def _check_header(
-        self, shard: OpenShard, row: int, buffer: RowBuffer, slot: int, bad: dict[int, ShardError]
+        self, shard: OpenShard, members: Members, row: int, buffer: RowBuffer, slot: int, bad: dict[int, ShardError]
     ) -> None:
         """Parse a header that is not byte for byte ours; another writer's padding is as good."""
-        head = buffer.heads[slot, : shard.header_length].tobytes()
-        if head in self._headers:
+        head = buffer.heads[slot, : members.header_length].tobytes()
+        if (buffer.shape, head) in self._headers:
             return
         try:
-            check_npy(head, shard.member_size, buffer.shape, buffer.dtype)
+            check_npy(head, members.member_size, buffer.shape, buffer.dtype)
         except DataError as error:
-            bad[slot] = shard.error(row, "header", str(error))
+            bad[slot] = shard.error(row, "header", str(error), members)
         else:
-            self._headers.add(head)
+            self._headers.add((buffer.shape, head))
 
     def close(self) -> None:
         """Close every file."""
         self._table.close()
 
 
-def _pieces(shard: OpenShard, buffer: RowBuffer, slot: int) -> list[memoryview]:
+def _pieces(members: Members, buffer: RowBuffer, slot: int) -> list[memoryview]:
     """Read target for a shard whose npy headers are longer or shorter than ours."""
-    return [memoryview(cast(Any, buffer.heads[slot]))[: shard.header_length], buffer.payload[slot]]
+    return [memoryview(cast(Any, buffer.heads[slot]))[: members.header_length], buffer.payload[slot]]
 
 
 def _read_fully(fd: int, offset: int, size: int) -> bytes:

@@ -34,8 +34,11 @@ class RemoteSource(ShardSource):
         super().__init__(storage, manifest)
         self._cache = cache
         self._versions: dict[int, str] = {}
-        self._lock = threading.Lock()
         self.bytes_fetched = 0
+        self.after_fork()
+
+    def after_fork(self) -> None:
+        self._lock = threading.Lock()
 
     def parts(self, shard: int) -> int:
         entry = self.manifest.shards[shard]

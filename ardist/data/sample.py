@@ -1,7 +1,8 @@
 """One sample of a shard: its key, its ``.npy`` member and its ``.json`` member.
 
-A sample is two members of a tar, ``<key>.npy`` (the tensor) and ``<key>.json`` (where it came from). Nothing here
-unpickles: ``.npy`` headers are parsed as literals and object arrays are refused.
+A sample is two members of a tar, ``<key>.npy`` (the tensor) and ``<key>.json`` (where it came from); with text
+embeddings three: ``<key>.context.npy``, float16 [K, D], besides. Nothing here unpickles: ``.npy`` headers are parsed
+as literals and object arrays are refused.
 """
 
 from __future__ import annotations
@@ -36,6 +37,9 @@ TORCH_DTYPES: Final[Mapping[str, torch.dtype]] = {
     "bfloat16": torch.bfloat16,
     "uint8": torch.uint8,
 }
+CONTEXT_DTYPE: Final[SampleDtype] = "float16"
+"""Of text embeddings, the optional second tensor of a sample."""
+
 KEY: Final = re.compile(r"[0-9a-f]{16}")
 MAX_CAPTION: Final = 8192
 

@@ -10,7 +10,7 @@ from typing import Final, TypeAlias
 
 from ardist.data.errors import ShardError
 from ardist.data.manifest import Manifest, ShardEntry
-from ardist.data.tar_index import HEADER, RECORD
+from ardist.data.tar_index import CONTEXT_RECORD, HEADER, RECORD
 from ardist.storage import Storage
 
 MAPPED_FROM: Final = 4 * 2**20
@@ -21,7 +21,8 @@ IndexBytes: TypeAlias = bytes | memoryview
 
 def index_size(entry: ShardEntry) -> int:
     """Bytes of a shard's index."""
-    return HEADER.itemsize + entry.n * RECORD.itemsize
+    record = RECORD if entry.context_shape is None else CONTEXT_RECORD
+    return HEADER.itemsize + entry.n * record.itemsize
 
 
 def read_or_map(descriptor: int) -> IndexBytes:
@@ -71,6 +72,9 @@ class ShardSource(ABC):
     def advise(self, descriptor: int, start: int, stop: int) -> None:
         """Say that these bytes of an open file will be read soon."""
         return
+
+    def after_fork(self) -> None:  # noqa: B027 - most sources hold no lock
+        """Forget locks that a thread of the parent may have held."""
 
     def metrics(self) -> dict[str, float]:
         """Counters of this source."""

@@ -9,6 +9,9 @@ record     offset u64 | size u32 | class id i32 (-1: none) | xxh3-64 u64 | key u
 
 Offset, size and hash are those of the ``<key>.npy`` member's content (npy header included). The class id stands in
 the record so that a batch never has to read a sample's json.
+
+A dataset with text embeddings has version 2, with 64 + 56 n bytes: the same record, followed by those of the
+``<key>.context.npy`` member: offset u64 | size u32 | 0 u32 | xxh3-64 u64.
 """
 
 from __future__ import annotations
@@ -28,20 +31,23 @@ import xxhash
 from pydantic import ValidationError
 
 from ardist.data.errors import ShardError
-from ardist.data.sample import SampleDtype, SampleInfo, check_npy, key_from_int
+from ardist.data.sample import CONTEXT_DTYPE, SampleDtype, SampleInfo, check_npy, decode_npy, key_from_int
 from ardist.errors import DataError
 
 MAGIC: Final = b"ARDIDX\r\n"
-VERSION: Final = 1
 HEADER: Final = np.dtype(
     [("magic", "S8"), ("version", "<u4"), ("record", "<u4"), ("n", "<u8"), ("tar_size", "<u8"), ("sha256", "u1", 32)]
 )
-RECORD: Final = np.dtype([("offset", "<u8"), ("size", "<u4"), ("class_id", "<i4"), ("hash", "<u8"), ("key", "<u8")])
-_MEMBER: Final = re.compile(r"([0-9a-f]{16})\.(npy|json)")
+_FIELDS: Final = [("offset", "<u8"), ("size", "<u4"), ("class_id", "<i4"), ("hash", "<u8"), ("key", "<u8")]
+_CONTEXT: Final = [("context_offset", "<u8"), ("context_size", "<u4"), ("zero", "<u4"), ("context_hash", "<u8")]
+RECORD: Final = np.dtype(_FIELDS)
+CONTEXT_RECORD: Final = np.dtype(_FIELDS + _CONTEXT)
+VERSIONS: Final = {1: RECORD, 2: CONTEXT_RECORD}
+_MEMBER: Final = re.compile(r"([0-9a-f]{16})\.(npy|json|context\.npy)")
 _MAX_JSON: Final = 2**20
 
 Records = npt.NDArray[Any]
-"""One-dimensional array of dtype `RECORD`."""
+"""One-dimensional array of dtype `RECORD` or `CONTEXT_RECORD`."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +64,8 @@ class TarIndex:
     def to_bytes(self) -> bytes:
         """The ``.idx`` file."""
         header = np.zeros((), HEADER)
-        header["magic"], header["version"], header["record"] = MAGIC, VERSION, RECORD.itemsize
+        version = next(number for number, dtype in VERSIONS.items() if dtype == self.records.dtype)
+        header["magic"], header["version"], header["record"] = MAGIC, version, self.records.dtype.itemsize
         header["n"], header["tar_size"] = len(self.records), self.tar_size
         header["sha256"] = np.frombuffer(bytes.fromhex(self.tar_sha256), np.uint8)
         return header.tobytes() + np.ascontiguousarray(self.records).tobytes()
@@ -87,17 +94,19 @@ class TarIndex:
         header = data[: HEADER.itemsize].view(HEADER)[0]
         if bytes(header["magic"]) != MAGIC:
             raise ShardError(shown, "index", f"its index starts with {bytes(data[:8])!r}, not {MAGIC!r}")
-        if header["version"] != VERSION or header["record"] != RECORD.itemsize:
+        record = VERSIONS.get(int(header["version"]))
+        if record is None or header["record"] != record.itemsize:
+            known = " or ".join(f"{number} with {dtype.itemsize}-byte records" for number, dtype in VERSIONS.items())
             raise ShardError(
                 shown,
                 "index",
                 f"its index has version {header['version']} with {header['record']}-byte records; "
-                f"this program reads version {VERSION} with {RECORD.itemsize}-byte records",
+                f"this program reads version {known}",
             )
         count = int(header["n"])
-        if len(data) != HEADER.itemsize + count * RECORD.itemsize:
+        if len(data) != HEADER.itemsize + count * record.itemsize:
             raise ShardError(shown, "index", f"its index names {count} samples but is {len(data)} bytes long")
-        index = cls(data[HEADER.itemsize :].view(RECORD), int(header["tar_size"]), bytes(header["sha256"]).hex())
+        index = cls(data[HEADER.itemsize :].view(record), int(header["tar_size"]), bytes(header["sha256"]).hex())
         for what, found, expected in (
             ("samples", count, n),
             ("tar bytes", index.tar_size, tar_size),
@@ -122,6 +131,9 @@ def _check_spans(index: TarIndex, name: str) -> None:
     end = records["offset"] + records["size"]
     wrong = (records["offset"] < 512) | (end > index.tar_size) | (end < records["offset"]) | (records["class_id"] < -1)
     wrong[1:] |= records["offset"][1:] < end[:-1]
+    if records.dtype == CONTEXT_RECORD:
+        first, last = records["context_offset"], records["context_offset"] + records["context_size"]
+        wrong |= (first < 512) | (last > index.tar_size) | (last < first) | ((first < end) & (records["offset"] < last))
     if wrong.any():
         at = int(np.flatnonzero(wrong)[0])
         raise ShardError(name, "index", f"record {at} of its index points outside the tar or into another sample")
@@ -151,26 +163,35 @@ def build_index(
     name: str = "",
     shape: tuple[int, ...] | None = None,
     dtype: SampleDtype | None = None,
+    context: tuple[int, ...] | None = None,
 ) -> TarIndex:
     """Index a tar of ours (a path or an open file) by reading all of it; refuses whatever a trainer must not meet.
 
-    Checked: regular members only, names ``<16 hex>.npy|json``, both members of a sample side by side, no key twice,
+    Checked: regular members only, names ``<16 hex>.npy|json``, the members of a sample side by side, no key twice,
+    with `context` also ``<16 hex>.context.npy``, finite float16 of that shape, in every sample and otherwise in none,
     the npy header (against `shape` and `dtype` when given), the json's fields, and that the tar ends as a tar ends
     (zero blocks and nothing after them), so that a tar cut between two samples is noticed. Raises `ShardError`, which
     calls the shard `name`.
     """
     if not isinstance(source, str | os.PathLike):
-        return _build(source, name or "shard", shape, dtype)
+        return _build(source, name or "shard", shape, dtype, context)
     shown = name or Path(source).name
     try:
         with Path(source).open("rb") as raw:
-            return _build(raw, shown, shape, dtype)
+            return _build(raw, shown, shape, dtype, context)
     except OSError as error:
         raise ShardError(shown, "missing", f"cannot be read: {error.strerror or error}") from None
 
 
-def _build(raw: BinaryIO, name: str, shape: tuple[int, ...] | None, dtype: SampleDtype | None) -> TarIndex:
-    rows: list[tuple[int, int, int, int, int]] = []
+def _build(
+    raw: BinaryIO,
+    name: str,
+    shape: tuple[int, ...] | None,
+    dtype: SampleDtype | None,
+    context: tuple[int, ...] | None,
+) -> TarIndex:
+    rows: list[tuple[int, ...]] = []
+    kinds = ("npy", "json") if context is None else ("npy", "json", "context.npy")
     seen: set[str] = set()
     pending: dict[str, tarfile.TarInfo] = {}
     pending_key, end = "", 0
@@ -181,38 +202,41 @@ def _build(raw: BinaryIO, name: str, shape: tuple[int, ...] | None, dtype: Sampl
     try:
         with tarfile.open(fileobj=raw, mode="r:") as tar:
             for member in tar:
-                key, kind = _member_name(member, name)
+                key, kind = _member_name(member, name, kinds)
                 if pending and key != pending_key:
-                    raise _incomplete(name, pending_key, pending)
+                    raise _incomplete(name, pending_key, pending, kinds)
                 if key in seen or kind in pending:
                     raise ShardError(name, "order", f"{member.name} stands in the tar twice", member.offset, key)
                 pending_key, pending[kind] = key, member
                 end = member.offset_data + (member.size + 511) // 512 * 512
-                if len(pending) == 2:
-                    rows.append(_record(raw, name, key, pending, shape, dtype))
+                if len(pending) == len(kinds):
+                    rows.append(
+                        _record(raw, name, key, pending, shape, dtype) + _context(raw, name, key, pending, context)
+                    )
                     seen.add(key)
                     pending = {}
     except tarfile.TarError as error:
         cut = size == 0 or "unexpected end" in str(error)
         raise ShardError(name, "length" if cut else "member", f"not a readable tar: {error}") from None
     if pending:
-        raise _incomplete(name, pending_key, pending)
+        raise _incomplete(name, pending_key, pending, kinds)
     check_tail(raw, name, end, size)
-    return TarIndex(np.array(rows, RECORD), size, sha256)
+    return TarIndex(np.array(rows, RECORD if context is None else CONTEXT_RECORD), size, sha256)
 
 
-def _member_name(member: tarfile.TarInfo, shard: str) -> tuple[str, str]:
+def _member_name(member: tarfile.TarInfo, shard: str, kinds: tuple[str, ...]) -> tuple[str, str]:
     match = _MEMBER.fullmatch(member.name)
     if not member.isreg():
         raise ShardError(shard, "member", f"{member.name!r} is not a regular file", member.offset)
-    if match is None:
-        raise ShardError(shard, "name", f"{member.name!r} is not <16 hex digits>.npy or .json", member.offset)
+    if match is None or match[2] not in kinds:
+        legal = " or .".join(kinds)
+        raise ShardError(shard, "name", f"{member.name!r} is not <16 hex digits>.{legal}", member.offset)
     return match[1], match[2]
 
 
-def _incomplete(shard: str, key: str, members: dict[str, tarfile.TarInfo]) -> ShardError:
+def _incomplete(shard: str, key: str, members: dict[str, tarfile.TarInfo], kinds: tuple[str, ...]) -> ShardError:
     there = next(iter(members.values()))
-    missing = "json" if "npy" in members else "npy"
+    missing = next(kind for kind in reversed(kinds) if kind not in members)
     return ShardError(shard, "order", f"{there.name} has no {key}.{missing} beside it", there.offset, key)
 
 
@@ -238,6 +262,23 @@ def _record(
     except DataError as error:
         raise ShardError(shard, "header", str(error), array.offset_data, key) from None
     return (array.offset_data, len(data), -1 if label is None else label, xxhash.xxh3_64_intdigest(data), int(key, 16))
+
+
+def _context(
+    raw: BinaryIO, shard: str, key: str, members: dict[str, tarfile.TarInfo], shape: tuple[int, ...] | None
+) -> tuple[int, ...]:
+    """The columns of the second member, none where the dataset has none."""
+    if shape is None:
+        return ()
+    member = members["context.npy"]
+    data = _read(raw, shard, member)
+    try:
+        values = decode_npy(data, shape, CONTEXT_DTYPE)
+    except DataError as error:
+        raise ShardError(shard, "header", f"its context: {error}", member.offset_data, key) from None
+    if not np.isfinite(values).all():
+        raise ShardError(shard, "nonfinite", "its context holds NaN or infinity", member.offset_data, key)
+    return (member.offset_data, len(data), 0, xxhash.xxh3_64_intdigest(data))
 
 
 def _read(raw: BinaryIO, shard: str, member: tarfile.TarInfo) -> bytes:

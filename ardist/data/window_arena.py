@@ -23,6 +23,12 @@ LARGEST_MEMBER: Final = 64 * 1024
 """Bytes of a member from which on reading it by itself is as fast."""
 
 _REMEMBERED: Final = 4
+_OBJECTS_PER_ROW: Final = 1024
+"""Bytes of the Python objects that stand for a row: views of it, and of its payload."""
+
+
+class ArenaClosedError(RuntimeError):
+    """The loader is being closed or set to another place; nothing is served any more."""
 
 
 class MemberRows:
@@ -57,7 +63,7 @@ class MemberRows:
     def bytes_for(rows: int, shape: tuple[int, ...], dtype: SampleDtype) -> int:
         """Memory that so many rows take."""
         member = len(npy_header(shape, dtype)) + math.prod(shape) * NUMPY_DTYPES[dtype].itemsize
-        return rows * (member + 17)
+        return rows * (member + 17 + _OBJECTS_PER_ROW)
 
 
 class Window:
@@ -77,7 +83,7 @@ class WindowArena:
 
     def __init__(self, order: LaneOrder, lanes: range, shape: tuple[int, ...], dtype: SampleDtype) -> None:
         self._order, self.lanes = order, lanes
-        self._layout = len(lanes) * order.window, shape, dtype
+        self._layout = len(lanes) * min(order.window, order.lane_length), shape, dtype
         self._memories: list[MemberRows | None] = [None, None]
         self._latest: list[Window | None] = [None, None]
         self._turn = 0
@@ -138,16 +144,19 @@ class WindowArena:
     def serve(self, windows: Sequence[Window], places: Places, buffer: RowBuffer, slot: int) -> npt.NDArray[np.int64]:
         """Copy what is in these windows into the rows of `buffer` from `slot` on; returns which of [0, m) is not.
 
-        Waits for windows that are being read. Lets go of the windows, which `hold` gave.
+        Waits for windows that are being read. Lets go of the windows, which `hold` gave. Raises `ArenaClosedError`.
         """
         served = np.zeros(len(places.positions), np.bool_)
         try:
             with self._changed:
                 while any(window.unread for window in windows) and not self._closed:
                     self._changed.wait()
+                if self._closed:
+                    raise ArenaClosedError("this loader is closed")
             for window in windows:
                 memory = self._memories[window.memory]
-                if memory is not None and not window.unread:
+                # Where no run got as far as to claim the memory, it still holds the window before.
+                if memory is not None and window.claimed:
                     served |= self._copy(memory, places, window, buffer, slot)
         finally:
             self.let_go(windows)
