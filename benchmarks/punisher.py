@@ -36,7 +36,7 @@ from ardist.training import goodput  # noqa: E402
 from ardist.training.heartbeat import Beat, read_beats  # noqa: E402
 
 CHECKPOINT_EVERY = 10
-STEP_SECONDS = 0.15
+STEP_SECONDS = 0.5
 LAUNCHER_KILLED = -signal.SIGKILL
 
 
@@ -63,7 +63,7 @@ class Punisher:
         self.chance = random.Random(seed)
         self.data = write_latents(directory / "latents")
         self.changes: dict[str, Any] = {
-            "training__steps": max(60, int(2 * seconds)),
+            "training__steps": max(40, int(0.75 * seconds)),
             "checkpoint__every": CHECKPOINT_EVERY,
             "training__max_skipped_in_row": 2,
             "launch": {"restart_pause_seconds": 0.1, "heartbeat_seconds": 8, "step_seconds": 15, "data_seconds": 15},

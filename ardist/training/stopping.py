@@ -34,6 +34,7 @@ class StopRequest:
         self.saved = False
         self._signal: int | None = None
         self._since = 0.0
+        self._stopped = False
         self._pending: tuple[Any, torch.Tensor] | None = None
         self._previous: dict[int, Any] = {}
 
@@ -62,13 +63,15 @@ class StopRequest:
         return signal.Signals(self._signal).name if self._signal is not None else "another rank"
 
     def agreed(self, step: int) -> bool:
-        """True on all ranks at the same step, at most one step after the signal; call once per step (collective).
+        """True on all ranks at the same step, at most one step after the signal; call in every step (collective).
 
         The flags travel over the control group while the next step is computed, and with them every rank's `step`:
         raises `HardwareError` when the ranks do not make the same steps, before they wait for each other for ever.
         """
         if fault.point("stop.agreed") is not None:
             return False
+        if self._stopped:
+            return True
         if self.world.size == 1:
             return self._signal is not None
         stop = False
@@ -79,7 +82,7 @@ class StopRequest:
             if len(set(steps)) > 1:
                 shown = ", ".join(f"rank {rank} at step {at}" for rank, at in enumerate(steps))
                 raise HardwareError(f"the ranks are out of step: {shown}; one of them left out a collective operation")
-            stop = bool(flag)
+            stop = self._stopped = bool(flag)
         self._pending = None
         if not stop:
             mine = torch.zeros(1 + self.world.size, dtype=torch.int64)

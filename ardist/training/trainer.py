@@ -26,8 +26,10 @@ from ardist.training.callbacks.profiler import Profiler
 from ardist.training.callbacks.progress import ProgressBar
 from ardist.training.callbacks.reconstructions import Reconstructions
 from ardist.training.callbacks.replicas import ReplicaCheck
+from ardist.training.callbacks.restarts import Restarts
 from ardist.training.callbacks.sampled_videos import SampledVideos
 from ardist.training.callbacks.samples import SampleLog
+from ardist.training.callbacks.stragglers import Stragglers
 from ardist.training.callbacks.validation import Validation
 from ardist.training.checkpoint import CheckpointWriter
 from ardist.training.dataset import TrainingSet
@@ -155,6 +157,7 @@ class Trainer:
         self.sample_ids = torch.empty(0, dtype=torch.int64)
         self.num_frames = 0
         self.losses: list[torch.Tensor] = []
+        self.own_seconds = 0.0
         self.outcome = StepOutcome(None, False)
 
         resume_or_begin(self)
@@ -200,6 +203,7 @@ class Trainer:
             callback.after_step(self)
 
     def train_step(self) -> None:
+        began = time.perf_counter()
         """One optimiser step over the global batch."""
         with self.window.waiting_for_data(), heartbeat.phase(Phase.DATA):
             batch = next(self.loader)
@@ -217,6 +221,8 @@ class Trainer:
             loss, metrics = self.objective.loss(self.engine, micro_batch)
             if (factor := fault.point("trainer.loss")) is not None:
                 loss = loss * float(factor or "nan")
+            self.own_seconds += time.perf_counter() - began
+            began = time.perf_counter()
             self.engine.backward(loss)
             heartbeat.advance()  # whoever hangs before this line keeps those waiting who are behind it
             self.window.add(loss, metrics)
@@ -265,7 +271,9 @@ def built_in_callbacks(config: TrainConfig) -> list[Callback]:
     callbacks: list[tuple[bool, Callback]] = [
         (config.debug.log_sample_ids, SampleLog()),
         (True, SkippedSteps()),
+        (True, Stragglers()),
         (config.debug.replica_check_every > 0, ReplicaCheck()),
+        (True, Restarts()),
         (True, MetricsLog()),
         (True, ProgressBar()),
         (config.validation.path is not None, Validation()),

@@ -155,6 +155,19 @@ def test_words_that_do_not_fit_are_refused(
     assert not (tmp_path / "run").exists()
 
 
+def test_a_port_in_use_ends_before_any_rank_starts(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "run.yaml").write_text(json.dumps(settings(tmp_path / "run", tmp_path)))
+    monkeypatch.setattr(cluster, "LocalNode", lambda *words: pytest.fail("a rank was started"))
+    with socket.socket() as taken:
+        taken.bind(("", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        assert program.main(["--ranks", "1", "--master-port", port, str(tmp_path / "run.yaml")]) == 4
+    assert capsys.readouterr().err.count(f"port {port} of this machine cannot be used") == 1
+
+
 def test_names_are_looked_up_once_they_are_no_addresses(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hosts.socket, "getaddrinfo", lambda *words: [(0, 0, 0, "", ("127.0.0.1", 0))])
     assert is_here("an-alias")

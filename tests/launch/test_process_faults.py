@@ -15,7 +15,9 @@ import pytest
 from fork_ranks import TrainingJob
 from tiny import losses, records, sample_ids, write_latents
 
-from ardist.training.heartbeat import read_beats
+from ardist.training import goodput
+from ardist.training.heartbeat import Phase, read_beats
+from ardist.training.run_dir import RunDirectory
 
 pytestmark = pytest.mark.distributed
 TABLE: list[tuple[str, str, str, float, float, int]] = []
@@ -79,6 +81,9 @@ def test_one_rank_fails(
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["launches"]["by_cause"][cause]["count"] == 1
     assert 0 < summary["goodput"] < 1
+    [told] = records(tmp_path / "run", "restart").values()
+    assert (told["cause"], told["lost_steps"], told["restarts"]) == (cause, row["lost_steps"], 1)
+    assert told["restart_seconds"] == row["restart_seconds"]
 
 
 def test_a_native_crash_leaves_its_trace(tmp_path: Path, data: Path, uninterrupted: Path) -> None:
@@ -100,12 +105,10 @@ def signal_at(job: TrainingJob, rank: int, step: int, number: int) -> None:
     return None
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR2])
 def test_a_signal_to_the_launcher_saves_and_the_next_start_goes_on(
     tmp_path: Path, data: Path, uninterrupted: Path, number: int
 ) -> None:
-    if number not in (signal.SIGTERM, signal.SIGUSR2):
-        pytest.skip("every signal takes the same way; two of them take it here, all in the tests of the supervisor")
     job = TrainingJob(tmp_path, data, faults=("sleep@trainer.batch:0.2",))
     threading.Thread(target=lambda: to_us(job, 3, number), daemon=True).start()
     assert job.run() == 75, job.stderr()
@@ -140,3 +143,51 @@ def test_out_of_step_ranks_are_told_apart_at_once(tmp_path: Path, data: Path, un
     assert row["cause"] == "error"
     assert "the ranks are out of step" in row["detail"]
     assert "rank 1 at step" in row["detail"]
+
+
+def test_a_run_directory_that_another_job_holds(tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    job = TrainingJob(tmp_path, data)
+    holder = RunDirectory(job.run_dir)
+    holder.make()
+    holder.lock()
+    monkeypatch.setattr(RunDirectory.lock, "__defaults__", (0.3,))
+    try:
+        assert job.run() == 2
+    finally:
+        holder.unlock()
+    assert len(job.nodes) == 1, "it is not tried again"
+    assert job.stderr().count("another job is running in") == 1
+    assert goodput.read(job.run_dir) == [], "nothing is written into the other job's book"
+    assert all(process.poll() is not None for node in job.nodes for process in node._processes)
+
+
+def test_a_slow_rank_is_named_and_the_run_goes_on(tmp_path: Path, data: Path, uninterrupted: Path) -> None:
+    job = TrainingJob(tmp_path, data, faults=("sleep@trainer.batch/1:1.0",), training__log_every=3)
+    assert job.run() == 0, job.stderr()
+    assert job.rows == []
+    events = json.loads((job.run_dir / "summary.json").read_text())["events"]
+    assert events["training.straggler"] >= 2
+    assert "training.straggler rank=1" in job.stderr()
+    assert "training.straggler rank=0" not in job.stderr()
+
+
+def test_a_signal_in_validation_does_not_wait_for_its_end(tmp_path: Path, data: Path, uninterrupted: Path) -> None:
+    held_out = {"path": str(data), "every": 3, "num_clips": 60, "staircases": 64}
+    job = TrainingJob(tmp_path, data, validation=held_out)
+    threading.Thread(target=lambda: in_phase(job, Phase.OTHER, 1, signal.SIGTERM), daemon=True).start()
+    assert job.run() == 75, job.stderr()
+    assert "validation at step 3 was given up" in job.stderr()
+    assert records(job.run_dir, "validation") == {}
+    assert max(records(job.run_dir)) == 3
+    assert TrainingJob(tmp_path, data).run() == 0
+    assert losses(job.run_dir) == losses(uninterrupted)
+
+
+def in_phase(job: TrainingJob, phase: Phase, rank: int, number: int) -> None:
+    end = time.monotonic() + 60
+    while time.monotonic() < end:
+        beats = read_beats(job.nodes[0].scratch) if job.nodes else []
+        if len(beats) > rank and beats[rank].phase is phase and beats[rank].step > 0:
+            return os.kill(beats[rank].pid, number)
+        time.sleep(0.005)
+    return None

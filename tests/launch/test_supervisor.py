@@ -157,7 +157,7 @@ def rearm(job: Job, action: Callable[[int], None]) -> None:
     job.supervisor._start = armed
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP])
 def test_a_signal_to_the_supervisor_saves_and_ends_with_75(tmp_path: Path, number: int) -> None:
     job = Job(tmp_path, steps=1000, seconds=0.02)
     threading.Timer(1.5, lambda: os.kill(os.getpid(), number)).start()

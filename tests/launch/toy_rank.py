@@ -44,7 +44,7 @@ def strike(what: str) -> None:
 def main() -> int:
     directory, steps, seconds = Path(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3])
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
         signal.signal(number, on_signal)
     heartbeat.start_from_environment()
     saved = directory / "saved"

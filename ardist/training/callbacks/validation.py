@@ -52,7 +52,10 @@ class Validation(Callback):
 
     def _validate(self, trainer: Trainer) -> None:
         began = time.perf_counter()
-        record: dict[str, Any] = {"kind": "validation", "step": trainer.step, **self._measure(trainer)}
+        measures = self._measure(trainer)
+        if measures is None:
+            return
+        record: dict[str, Any] = {"kind": "validation", "step": trainer.step, **measures}
         if trainer.config.validation.weights == "both" and trainer.ema is not None:
             averages = next(iter(trainer.ema.buffers.values()))
             trainer.engine.fragments.exchange(averages)
@@ -60,17 +63,29 @@ class Validation(Callback):
                 smooth = self._measure(trainer)
             finally:
                 trainer.engine.fragments.exchange(averages)
+            if smooth is None:
+                return
             record |= {f"ema_{name}": value for name, value in smooth.items() if name != "clips"}
         record |= {"seconds": time.perf_counter() - began, "time": time.time()}
         trainer.records.write(record)
         if trainer.world.is_main:
             _log.info("%s", _line(record))
 
-    def _measure(self, trainer: Trainer) -> dict[str, Any]:
+    def _measure(self, trainer: Trainer) -> dict[str, Any] | None:
+        """Means over all clips; None when the run is asked to stop meanwhile: whoever asks does not wait for this."""
+        mine: list[dict[str, list[float]]] = []
         trainer.engine.train(False)
         with torch.no_grad():
-            mine = [trainer.objective.evaluate(trainer.engine, clip) for clip in self._clips]
+            for clip in self._clips:
+                if trainer.step < trainer.total_steps and trainer.stop.agreed(trainer.step):
+                    trainer.stopping = True
+                    break
+                mine.append(trainer.objective.evaluate(trainer.engine, clip))
         trainer.engine.train(True)
+        if len(mine) < len(self._clips):
+            if trainer.world.is_main:
+                _log.info("validation at step %d was given up: the run is asked to stop", trainer.step)
+            return None
         results: dict[int, dict[str, list[float]]] = {}
         for pairs in trainer.world.all_gather(list(zip(self._indices, mine, strict=True))):
             results |= {index: measures for index, measures in pairs if index < self._count}
