@@ -123,7 +123,11 @@ def run(python: str, reader: str, arguments: list[str], environment: dict[str, s
 def measure(
     profile: Profile, folder: Path, readers: dict[str, str], repeats: int, http: bool, options: argparse.Namespace
 ) -> list[Row]:
-    """Interleaved epochs: every reader once, then every reader again."""
+    """Interleaved epochs: every reader once, then every reader again.
+
+    The first rounds (--warm-up) are checked like the others but not timed: they bring the files of every reader into
+    the system's cache, and compiled modules to disk, for all alike.
+    """
     rows = {name: Row(name) for name in readers}
     expected = (profile.samples, profile.samples, profile.samples * (profile.samples - 1) // 2)
     with serve(folder.parent) if http else contextlib.nullcontext("") as address:
@@ -141,15 +145,16 @@ def measure(
             "AWS_SECRET_ACCESS_KEY": "bench",
             "AWS_DEFAULT_REGION": "us-east-1",
         }
-        for _ in range(repeats):
+        for number in range(options.warm_up + repeats):
             for name, python in readers.items():
                 with tempfile.TemporaryDirectory(dir=folder.parent) as cache:
                     more = ["--data", data, "--urls", urls, "--cache", cache]
                     result = run(python, name, [*arguments, *more], environment)
                 row = rows[name]
-                row.rates.append(result["samples"] / result["seconds"])
-                row.first.append(result["first"])
-                row.cpu.append(result["cpu"] / result["samples"])
+                if number >= options.warm_up:
+                    row.rates.append(result["samples"] / result["seconds"])
+                    row.first.append(result["first"])
+                    row.cpu.append(result["cpu"] / result["samples"])
                 row.correct &= (result["samples"], result["distinct"], result["sum"]) == expected
     return list(rows.values())
 
@@ -227,6 +232,7 @@ def main() -> None:
     parser.add_argument("--small", type=int, default=100_000, help="samples of 8 KiB; 0: none")
     parser.add_argument("--large", type=int, default=2_000, help="samples of 1 MiB; 0: none")
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--warm-up", type=int, default=1, help="rounds that are not timed")
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--lanes", type=int, default=16)
     parser.add_argument("--window", type=int, default=256)
