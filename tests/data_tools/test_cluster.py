@@ -155,7 +155,7 @@ def test_a_killed_actor_is_replaced(ray: Any, videos: Path, alone: str, tmp_path
 
     killer = threading.Thread(target=kill_the_first_owner)
     killer.start()
-    summary = build_small(videos, out, executor="ray", workers=2, **ON_RAY)
+    summary = build_small(videos, out, executor="ray", workers=1, **ON_RAY)
     killer.join()
     assert len(killed) == 1
     assert summary.manifest.digest() == alone
