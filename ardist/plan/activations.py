@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 
 from ardist.config import TrainConfig
 from ardist.models.denoiser import Denoiser
-from ardist.models.parallelize import parallelize
+from ardist.models.parallelize import CHECKPOINTING, parallelize
 
 
 class LiveBytes(TorchDispatchMode):
@@ -50,25 +50,30 @@ class LiveBytes(TorchDispatchMode):
         self.now -= size
 
 
-def activation_bytes(config: TrainConfig, num_frames: int, micro_batch_size: int, checkpointing: str) -> int:
-    """Bytes that a micro-batch of the denoiser needs between its forward and backward pass, without weights.
+def activation_bytes(config: TrainConfig, num_frames: int, micro_batch_size: int) -> dict[str, int]:
+    """Bytes that a micro-batch of the denoiser needs between its passes, without weights, by checkpointing mode.
 
     With checkpointing the block whose backward pass runs is there in full, besides what was kept of all blocks.
     """
     assert config.denoiser is not None
-    first, block = _line(config, num_frames, checkpointing)
-    recomputed = 0 if checkpointing == "none" else max(0, _line(config, num_frames, "none")[1] - block)
-    return micro_batch_size * (first + block * (config.denoiser.depth - 1) + recomputed)
+    lines = {mode: _line(config, num_frames, mode) for mode in CHECKPOINTING}
+    plain = lines["none"][1]
+    return {
+        mode: micro_batch_size * (first + block * (config.denoiser.depth - 1) + max(0, plain - block))
+        for mode, (first, block) in lines.items()
+    }
 
 
 def _line(config: TrainConfig, num_frames: int, checkpointing: str) -> tuple[int, int]:
-    """Bytes per clip of a model with one block, and of every further block."""
-    kept = {
-        (depth, clips): kept_bytes(config, num_frames, depth, clips, checkpointing)
+    """Bytes per clip of a model with one block, and of every further block.
+
+    Differences between clips: what is kept once per block, whatever the number of clips, belongs to the weights.
+    """
+    one, two = (
+        kept_bytes(config, num_frames, depth, 2, checkpointing)
+        - kept_bytes(config, num_frames, depth, 1, checkpointing)
         for depth in (1, 2)
-        for clips in (1, 2)
-    }
-    one, two = (kept[depth, 2] - kept[depth, 1] for depth in (1, 2))
+    )
     return one, two - one
 
 

@@ -14,7 +14,6 @@ from ardist.errors import ArdistError, ConfigError, InvalidValueError
 from ardist.models.ar_vae import ARVAE
 from ardist.models.denoiser import Denoiser
 from ardist.models.flops import denoiser_flops
-from ardist.models.parallelize import CHECKPOINTING
 from ardist.plan.activations import activation_bytes
 from ardist.plan.devices import MEMORY_GB, find_device
 from ardist.plan.memory import Memory, memory_per_rank
@@ -159,7 +158,7 @@ def _manifest(config: TrainConfig, num_frames: int | None) -> tuple[Manifest | N
 def _activations(config: TrainConfig, frames: int, micro: int) -> dict[str, int]:
     if config.task != "denoiser":
         return {"none": 0}
-    return {mode: activation_bytes(config, frames, micro, mode) for mode in CHECKPOINTING}
+    return activation_bytes(config, frames, micro)
 
 
 def _clip(config: TrainConfig, frames: int, manifest: Manifest | None) -> tuple[int, float | None, int]:

@@ -84,15 +84,14 @@ def test_live_bytes_are_those_of_tensors_alive() -> None:
 
 def test_activations_grow_with_depth_and_clips_and_shrink_with_checkpointing(data: Path) -> None:
     config = config_of(data, denoiser__depth=6)
-    plain = activation_bytes(config, 4, 2, "none")
-    assert activation_bytes(config, 4, 4, "none") == 2 * plain
-    assert activation_bytes(config_of(data, denoiser__depth=12), 4, 2, "none") > 1.7 * plain
-    full, selective = (activation_bytes(config, 4, 2, mode) for mode in ("full", "selective"))
-    assert full < selective < plain
+    planned = activation_bytes(config, 4, 2)
+    assert activation_bytes(config, 4, 4) == {mode: 2 * size for mode, size in planned.items()}
+    assert activation_bytes(config_of(data, denoiser__depth=12), 4, 2)["none"] > 1.7 * planned["none"]
+    assert planned["full"] < planned["selective"] < planned["none"]
 
 
 def test_the_line_through_two_depths_meets_a_deeper_model(data: Path) -> None:
-    line = activation_bytes(config_of(data, denoiser__depth=5), 4, 3, "none")
+    line = activation_bytes(config_of(data, denoiser__depth=5), 4, 3)["none"]
     kept = [kept_bytes(config_of(data), 4, 5, clips, "none") for clips in (1, 4)]
     assert line == pytest.approx(kept[1] - kept[0], rel=0.02)
 

@@ -73,7 +73,7 @@ def compare(directory: Path) -> None:
     _, nothing = peak("nothing")
     for stage in range(4):
         config, total = peak(f"stage-{stage}", training__zero_stage=stage, denoiser=small)
-        activations = activation_bytes(config, 16, 2, "none")
+        activations = activation_bytes(config, 16, 2)["none"]
         planned = memory_per_rank(config, count_parameters(config), 2, activations, gloo=True).total
         found = total - nothing
         print(f"stage {stage}: planned {planned / 2**20:.0f} MiB, measured {found / 2**20:.0f}, {planned / found:.3f}")
