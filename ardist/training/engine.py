@@ -99,7 +99,7 @@ class StepOutcome:
     """What one optimiser step did: global gradient norm before clipping, whether the update was skipped, and whether
     the norm was a spike.
 
-    Either may still be a 0-dim tensor on the device; reading it there would make the host wait.
+    Each may still be a 0-dim tensor on the device; reading it there would make the host wait.
     """
 
     grad_norm: torch.Tensor | float | None
