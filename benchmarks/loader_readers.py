@@ -291,7 +291,8 @@ def main() -> None:
                 "first": first,
                 "samples": len(delivered),
                 "distinct": len(distinct),
-                "sum": int(distinct.sum()),
+                "lowest": int(distinct[0]),
+                "highest": int(distinct[-1]),
             }
         )
     )

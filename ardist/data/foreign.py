@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
+import os
 import tarfile
+import tempfile
 from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -17,11 +20,12 @@ from webdataset import WebDataset
 from webdataset.tariterators import base_plus_ext
 
 from ardist.data.errors import ManifestError, ShardError
-from ardist.data.manifest import Manifest, ShardEntry, Sums, VAEIdentity, fold_shards, write_manifest
+from ardist.data.manifest import MANIFEST_NAME, Manifest, ShardEntry, Sums, VAEIdentity, fold_shards
 from ardist.data.sample import NUMPY_DTYPES, SampleDtype, decode_npy, parse_npy_header
 from ardist.data.shard_writer import real_values
-from ardist.data.tar_index import RECORD, check_tail, write_index
+from ardist.data.tar_index import RECORD, Records, TarIndex, check_tail
 from ardist.errors import DataError
+from ardist.storage import ObjectInfo, Storage, open_storage
 
 _MAX_TEXT: Final = 2**20
 _STORED: Final[Mapping[tuple[str, str], SampleDtype]] = {
@@ -77,27 +81,30 @@ def index_foreign(
     label: str = "cls",
     dataset_id: str | None = None,
 ) -> Manifest:
-    """Index every ``*.tar`` of a folder and write the ``.idx`` files and ``manifest.json`` beside them.
+    """Index every ``*.tar`` of a folder or ``s3://`` prefix and write ``.idx`` files and ``manifest.json`` beside them.
 
     Members are grouped as the library groups them: the key is the name up to the first dot. `array` and `label` are
     the extensions of the tensor (one shape and dtype throughout: float16 or bfloat16 bits for latents, uint8 for
     pixels) and of the class number, if there is one. Afterwards the folder is a dataset like any other. Raises
     `ShardError` for a damaged tar, `ManifestError` where the samples do not make a dataset.
     """
-    base = Path(folder)
-    tars = sorted(path for path in base.rglob("*.tar") if path.is_file())
+    storage = open_storage(os.fspath(folder))
+    tars = [info for info in storage.walk() if info.name.endswith(".tar")]
     if not tars:
-        raise ManifestError(f"{base} holds no tar")
+        raise ManifestError(f"{storage.url} holds no tar")
     entries, highest = [], -1
-    for path in tars:
-        entry, most = _index_tar(base, path, kind, array, label)
+    for info in tars:
+        with _on_this_machine(storage, info) as path:
+            entry, records = _index_tar(path, info.name, kind, array, label)
+        # Last, like the manifest: what is there has been read to its end.
+        storage.put(entry.index_name, TarIndex(records, entry.bytes, entry.sha256).to_bytes())
         entries.append(entry)
-        highest = max(highest, most)
+        highest = max(highest, int(records["class_id"].max()))
     if classes is None and highest >= 0:
         classes = tuple(str(number) for number in range(highest + 1))
     manifest = fold_shards(
         entries,
-        dataset_id=dataset_id or base.name,
+        dataset_id=dataset_id or storage.url.rstrip("/").rsplit("/", 1)[-1],
         created=datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
         code_version=version("ardist"),
         kind=kind,
@@ -106,12 +113,24 @@ def index_foreign(
         tools={"webdataset": version("webdataset")},
         preprocessing={"foreign": {"array": array, "label": label}},
     )
-    write_manifest(base, manifest)
+    storage.put(MANIFEST_NAME, manifest.dump())
     return manifest
 
 
-def _index_tar(base: Path, path: Path, kind: str, array: str, label: str) -> tuple[ShardEntry, int]:
-    name = path.relative_to(base).as_posix()
+@contextlib.contextmanager
+def _on_this_machine(storage: Storage, info: ObjectInfo) -> Iterator[Path]:
+    """A tar as a file: itself, or one version of a remote object as a temporary copy."""
+    path = storage.local_path(info.name)
+    if path is not None:
+        yield path
+        return
+    with tempfile.TemporaryDirectory(prefix="ardist-foreign-") as folder:
+        copy = Path(folder) / "shard.tar"
+        storage.download(info.name, copy, info.version)
+        yield copy
+
+
+def _index_tar(path: Path, name: str, kind: str, array: str, label: str) -> tuple[ShardEntry, Records]:
     rows: dict[str, tuple[int, int, int, int]] = {}
     labels: dict[str, int] = {}
     shape: tuple[int, ...] | None = None
@@ -148,7 +167,7 @@ def _index_tar(base: Path, path: Path, kind: str, array: str, label: str) -> tup
         [(offset, count, labels.get(key, -1), digest, number) for key, (offset, count, digest, number) in rows.items()],
         RECORD,
     )
-    index_sha256 = write_index(path.with_suffix(".idx"), records, size, sha256)
+    index_sha256 = hashlib.sha256(TarIndex(records, size, sha256).to_bytes()).hexdigest()
     entry = ShardEntry(
         name=name,
         n=len(records),
@@ -159,7 +178,7 @@ def _index_tar(base: Path, path: Path, kind: str, array: str, label: str) -> tup
         dtype=dtype,
         sums=_added(sums),
     )
-    return entry, int(records["class_id"].max())
+    return entry, records
 
 
 def _content(raw: BinaryIO, name: str, member: tarfile.TarInfo) -> bytes:

@@ -16,8 +16,9 @@ from ardist.config.data import DataConfig
 from ardist.data.errors import ManifestError, ShardError
 from ardist.data.foreign import foreign_samples, index_foreign
 from ardist.data.loader import StreamingLoader, read_samples
-from ardist.data.manifest import VAEIdentity
+from ardist.data.manifest import VAEIdentity, load_manifest
 from ardist.errors import DataError
+from ardist.storage import open_storage
 
 VAE = VAEIdentity(weights_digest="a" * 64, config_digest="b" * 64)
 
@@ -139,3 +140,35 @@ def test_a_folder_without_tars_is_refused(tmp_path: Path) -> None:
     write(tmp_path, "x.tar", [{"__key__": "a", "npy": saved(latent(1))}])
     with pytest.raises(ManifestError, match="must name its VAE"):
         index_foreign(tmp_path, kind="latents")
+
+
+def test_foreign_tars_of_a_store_become_a_dataset_in_place(folder: Path, bucket_url: str, tmp_path: Path) -> None:
+    storage = open_storage(bucket_url)
+    for path in folder.iterdir():
+        storage.put(f"part/{path.name}", path)
+    before = {info.name: info.version for info in storage.walk()}
+    manifest = index_foreign(bucket_url, kind="latents", vae=VAE, array="latent.npy", dataset_id="set")
+    after = {info.name: info.version for info in storage.walk()}
+    assert {name: after[name] for name in before} == before
+    assert set(after) - set(before) == {"manifest.json", *(f"part/train-{shard:02d}.idx" for shard in range(3))}
+    assert load_manifest(bucket_url) == manifest
+    config = DataConfig(path=bucket_url, lanes=4, window=8, prefetch_bytes=2**20, cache_dir=str(tmp_path / "cache"))
+    with StreamingLoader(config, seed=0, global_batch_size=12) as loader:
+        for _ in range(5):
+            batch = next(loader)
+            numbers = [number_of(value) for value in batch.values]
+            assert np.array_equal(batch.values.numpy(), np.stack([latent(number) for number in numbers]))
+            assert batch.class_ids is not None
+            assert batch.class_ids.tolist() == [number % 3 for number in numbers]
+
+
+def test_a_damaged_tar_of_a_store_is_named_and_makes_no_dataset(folder: Path, bucket_url: str) -> None:
+    storage = open_storage(bucket_url)
+    for path in folder.iterdir():
+        data = path.read_bytes()
+        storage.put(path.name, data[: len(data) // 2] if path.name == "train-01.tar" else data)
+    with pytest.raises(ShardError, match=r"train-01\.tar"):
+        index_foreign(bucket_url, kind="latents", vae=VAE, array="latent.npy")
+    assert not storage.exists("manifest.json")
+    with pytest.raises(DataError, match="holds no tar"):
+        index_foreign(f"{bucket_url}/empty", kind="pixels")

@@ -120,9 +120,10 @@ def test_whole_windows_are_what_serves(dataset: Path, monkeypatch: pytest.Monkey
     """Good samples are never read one by one, whichever ranks there are."""
     single = []
     monkeypatch.setattr(SampleReader, "read", lambda self, shards, *_: single.append(len(shards)))
-    for rank, ranks in [(0, 1), (0, 2), (1, 2), (2, 4), (3, 4)]:
-        with loader_of(dataset, rank=rank, world_size=ranks) as loader:
-            stream(loader, 40)
+    for batch in (8, 12):  # the latter straddles windows
+        for rank, ranks in [(0, 1), (0, 2), (1, 2), (2, 4), (3, 4)]:
+            with loader_of(dataset, batch=batch, rank=rank, world_size=ranks) as loader:
+                stream(loader, 40)
     assert single == []
 
 
