@@ -175,7 +175,6 @@ class Trainer:
         self.stopping = self.stop_after_reached()
         first_step = self.step
         heartbeat.resumed(first_step)
-
         if self.config.training.dry_run and first_step < self.total_steps and not self.stopping:
             dry_run(self)
 
@@ -203,8 +202,8 @@ class Trainer:
             callback.after_step(self)
 
     def train_step(self) -> None:
-        began = time.perf_counter()
         """One optimiser step over the global batch."""
+        began = time.perf_counter()
         with self.window.waiting_for_data(), heartbeat.phase(Phase.DATA):
             batch = next(self.loader)
         fault.point("trainer.batch")
@@ -221,10 +220,10 @@ class Trainer:
             loss, metrics = self.objective.loss(self.engine, micro_batch)
             if (factor := fault.point("trainer.loss")) is not None:
                 loss = loss * float(factor or "nan")
-            self.own_seconds += time.perf_counter() - began
-            began = time.perf_counter()
-            self.engine.backward(loss)
             heartbeat.advance()  # whoever hangs before this line keeps those waiting who are behind it
+            self.own_seconds += time.perf_counter() - began
+            self.engine.backward(loss)
+            began = time.perf_counter()
             self.window.add(loss, metrics)
             self.losses.append(loss.detach())
 
@@ -271,16 +270,16 @@ def built_in_callbacks(config: TrainConfig) -> list[Callback]:
     callbacks: list[tuple[bool, Callback]] = [
         (config.debug.log_sample_ids, SampleLog()),
         (True, SkippedSteps()),
-        (True, Stragglers()),
         (config.debug.replica_check_every > 0, ReplicaCheck()),
-        (True, Restarts()),
+        (True, Stragglers()),
         (True, MetricsLog()),
+        (True, Restarts()),
         (True, ProgressBar()),
         (config.validation.path is not None, Validation()),
+        (config.samples.every is not None, SampledVideos()),
         (autoencoder and config.validation.path is not None, Reconstructions()),
         (autoencoder, LatentCheck()),
         (autoencoder, DiscriminatorSkips()),
-        (config.samples.every is not None, SampledVideos()),
         (config.debug.profile_step is not None, Profiler()),
         (True, Checkpoints()),
     ]
