@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -131,3 +132,10 @@ def test_without_arguments_it_says_how(slurm: Path) -> None:
     done = subprocess.run([str(SCRIPT)], capture_output=True, text=True, check=False, timeout=20)
     assert done.returncode == 2
     assert "usage: sbatch" in done.stderr
+
+
+@pytest.mark.skipif(shutil.which("shellcheck") is None, reason="shellcheck is not installed")
+def test_all_launch_scripts_are_clean() -> None:
+    scripts = [ROOT / "launchers" / "train.sh", SCRIPT]
+    done = subprocess.run(["shellcheck", *scripts], capture_output=True, text=True, check=False, timeout=60)
+    assert done.returncode == 0, done.stdout
