@@ -7,7 +7,8 @@
 
 Every reader delivers the same float16 tensors in batches of the same size, shuffled over about the same number of
 samples (ours: lanes x window; webdataset: a buffer as large; the others by their own method), and every row says
-whether it delivered each sample exactly once (ours leaves what does not fill the last batch to later epochs). Ours verifies every sample's checksum; no other reader does.
+whether it delivered each sample exactly once (ours leaves what does not fill the last batch to later epochs). Ours
+verifies every sample's checksum; no other reader does.
 """
 
 from __future__ import annotations

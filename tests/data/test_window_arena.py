@@ -12,13 +12,14 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import psutil
 import pytest
-from dataset_factory import key_of, latent, make_dataset, number_of
+from dataset_factory import key_of, latent, make_dataset
 
 from ardist import fault
 from ardist.config.data import DataConfig
@@ -148,21 +149,29 @@ def test_bad_samples_are_substituted_as_without_whole_windows(
     assert served() == with_windows
 
 
-def test_a_shard_that_cannot_be_read_does_not_stop_the_others(dataset: Path, tmp_path: Path) -> None:
+def test_a_shard_that_cannot_be_read_does_not_stop_the_others(
+    dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder = tmp_path / "damaged"
     shutil.copytree(dataset, folder)
-    loader = loader_of(folder)
     entry = load_manifest(folder).shards[1]
-    (folder / entry.name).unlink()
-    with loader:
-        for _ in range(30):
-            batch = next(loader)
-            for value, bits in zip(batch.values, batch.sample_ids.tolist(), strict=True):
-                number = number_of(value)
-                assert not 50 <= number < 81
-                assert key_of(number) == f"{bits & (2**64 - 1):016x}"
-                assert np.array_equal(value.numpy(), latent(number))
-        assert {(item.shard, item.reason) for item in loader.substitutions} == {(entry.name, "missing")}
+    data = (folder / entry.name).read_bytes()
+
+    def served() -> tuple[list[Any], int]:
+        (folder / entry.name).write_bytes(data)
+        loader = loader_of(folder)
+        (folder / entry.name).unlink()
+        with loader:
+            got = stream(loader, 30)
+            assert {(item.shard, item.reason) for item in loader.substitutions} == {(entry.name, "missing")}
+            return got, len(loader.substitutions)
+
+    with_windows = served()
+    bad = {int(key_of(number), 16) for number in range(50, 81)}
+    assert not bad & {bits & (2**64 - 1) for _, _, ids, _ in with_windows[0] for bits in ids}
+    # Nor is anything served in its place that only lay where it should have been.
+    without_arena(monkeypatch)
+    assert served() == with_windows
 
 
 def test_a_failure_of_reading_ahead_is_counted_and_costs_only_time(
@@ -407,6 +416,28 @@ def test_a_program_that_forgets_to_close_ends(dataset: Path, how: str) -> None:
     assert result.stderr == b""
 
 
+@contextlib.contextmanager
+def held_by_another(*locks: Any) -> Iterator[None]:
+    """The locks are held by another thread, so that being entered twice by the same one does not open them."""
+    taken, release = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with contextlib.ExitStack() as stack:
+            for lock in locks:
+                stack.enter_context(lock)
+            taken.set()
+            release.wait(60)
+
+    holder = threading.Thread(target=hold)
+    holder.start()
+    assert taken.wait(60)
+    try:
+        yield
+    finally:
+        release.set()
+        holder.join()
+
+
 def _close_in_child(loader: BatchLoader, how: str, queue: Any) -> None:
     if how == "close":
         loader.close()
@@ -430,7 +461,10 @@ def test_a_forked_child_owes_nothing_to_the_parents_threads(dataset: Path, how: 
         assert inner._arena is not None
         assert loader._pipeline is not None
         # As if the parent's threads stood inside every lock at the moment of the fork.
-        with inner._arena._changed, inner._lock, inner._read_ahead._threads._changed, loader._pipeline._changed:
+        assert inner._read_ahead is not None
+        with held_by_another(
+            inner._arena._changed, inner._lock, inner._read_ahead._threads._changed, loader._pipeline._changed
+        ):
             child.start()
         theirs = queue.get()
         child.join(30)
