@@ -56,7 +56,7 @@ def server_kind() -> tuple[str, str]:
             raise RuntimeError(f"{CHOICE}=ceph, but it is {missing}")
         return kind, f"S3 tests run against Ceph RGW {ceph_gateway.version()}"
     why = (
-        f"{CHOICE} asks for it" if missing is None else f"Ceph is {missing}; tests/storage/install_ceph.sh installs it"
+        "it was asked for" if missing is None else f"Ceph is {missing}; tests/storage/install_ceph.sh installs it"
     )
     return kind, f"S3 tests run against moto's server: {why}"
 
