@@ -122,6 +122,13 @@ def run(python: str, reader: str, arguments: list[str], environment: dict[str, s
     return json.loads(result.stdout.strip().splitlines()[-1]) if not reader.startswith("prepare") else {}
 
 
+def batch_of(profile: Profile, options: argparse.Namespace) -> int:
+    """--batch, or what a dataset with fewer samples than that fills."""
+    if profile.samples >= options.batch:
+        return int(options.batch)
+    return max(1, profile.samples // int(options.lanes)) * int(options.lanes)
+
+
 def measure(
     profile: Profile, folder: Path, readers: dict[str, str], repeats: int, http: bool, options: argparse.Namespace
 ) -> list[Row]:
@@ -135,7 +142,14 @@ def measure(
         arguments = [
             *("--manifest", str(folder / "manifest.json"), "--converted", str(folder.with_suffix(".peers"))),
             *("--shape", *map(str, profile.shape), "--prefetch", str(profile.prefetch)),
-            *("--batch", str(options.batch), "--lanes", str(options.lanes), "--window", str(options.window)),
+            *(
+                "--batch",
+                str(batch_of(profile, options)),
+                "--lanes",
+                str(options.lanes),
+                "--window",
+                str(options.window),
+            ),
         ]
         data = f"s3://bench/{folder.name}" if http else str(folder)
         urls = f"{address}/bench/{folder.name}" if http else str(folder)
@@ -158,7 +172,7 @@ def measure(
                     row.cpu.append(result["cpu"] / result["samples"])
                 row.left = profile.samples - result["distinct"]
                 # Nothing twice, nothing foreign, and at most what does not fill the last batch left for later epochs.
-                row.correct &= result["samples"] == result["distinct"] and 0 <= row.left < options.batch
+                row.correct &= result["samples"] == result["distinct"] and 0 <= row.left < batch_of(profile, options)
                 row.correct &= result["lowest"] >= 0 and result["highest"] < profile.samples
     return list(rows.values())
 
@@ -209,7 +223,7 @@ def resume_time(profile: Profile, folder: Path, options: argparse.Namespace) -> 
     arguments = [
         *("--data", str(folder), "--manifest", str(folder / "manifest.json"), "--urls", str(folder)),
         *("--shape", *map(str, profile.shape), "--prefetch", str(profile.prefetch), "--resume-at", "0.9"),
-        *("--batch", str(options.batch), "--lanes", str(options.lanes), "--window", str(options.window)),
+        *("--batch", str(batch_of(profile, options)), "--lanes", str(options.lanes), "--window", str(options.window)),
     ]
     return float(run(sys.executable, "ardist", arguments, {})["first"])
 

@@ -38,12 +38,14 @@ def numbered(first: int) -> Any:
 
 
 def open_buckets(
-    folders: list[Path], *, batch: int = 12, rank: int = 0, world_size: int = 1, **options: Any
+    folders: list[Path], *, batch: int = 12, rank: int = 0, world_size: int = 1, varying: bool = True, **options: Any
 ) -> BatchLoader:
     mixture = [{"path": str(path), "weight": w} for path, w in zip(folders, [2, 1, 1], strict=True)]
     fields = {"mixture": mixture, "mixture_by": "step", "lanes": 4, "window": 24, "tokens_per_batch": BUDGET}
     config = DataConfig(**{**fields, "prefetch_bytes": 2**21, **options})
-    return open_loader(config, seed=5, global_batch_size=batch, rank=rank, world_size=world_size)
+    return open_loader(
+        config, seed=5, global_batch_size=batch, rank=rank, world_size=world_size, varying_batches=varying
+    )
 
 
 def taken(loader: BatchLoader) -> tuple[int, int, list[int], bytes]:
@@ -126,6 +128,13 @@ def test_illegal_budgets_name_the_legal_ones(folders: list[Path]) -> None:
     for broken in ({"path": "a", "tokens_per_batch": 8}, one, {**one, "mixture_by": "step", "tokens_per_batch": 0}):
         with pytest.raises(ConfigError, match="tokens_per_batch"):
             check(DataConfig, broken, "x.yaml")
+
+
+def test_who_takes_one_batch_size_is_not_given_several(folders: list[Path]) -> None:
+    with pytest.raises(ConfigError, match=r"one size only; legal: no data\.tokens_per_batch"):
+        open_buckets(folders, varying=False)
+    with open_buckets(folders, varying=False, tokens_per_batch=None) as loader:
+        assert loader.global_batch_sizes == (12, 12, 12)
 
 
 def test_memory_counts_every_bucket(folders: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
