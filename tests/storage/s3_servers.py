@@ -55,9 +55,7 @@ def server_kind() -> tuple[str, str]:
         if missing:
             raise RuntimeError(f"{CHOICE}=ceph, but it is {missing}")
         return kind, f"S3 tests run against Ceph RGW {ceph_gateway.version()}"
-    why = (
-        "it was asked for" if missing is None else f"Ceph is {missing}; tests/storage/install_ceph.sh installs it"
-    )
+    why = "it was asked for" if missing is None else f"Ceph is {missing}; tests/storage/install_ceph.sh installs it"
     return kind, f"S3 tests run against moto's server: {why}"
 
 
