@@ -5,8 +5,9 @@ VENV ?= .venv
 BIN := $(abspath $(VENV))/bin
 export PATH := $(BIN):$(PATH)
 export OMP_NUM_THREADS ?= 1
+SCRIPTS := .ci/run $(shell find launchers tests docker -name '*.sh' -o -name '*.sbatch' 2>/dev/null)
 
-.PHONY: help quickstart test test-fast lint typecheck bench install install-dev format clean
+.PHONY: help quickstart test test-fast lint typecheck bench install install-dev ceph format clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -15,6 +16,7 @@ quickstart: $(VENV)/.installed $(VENV)/.videos  ## install, then the whole road 
 	$(BIN)/ardist quickstart $(ARGS)
 
 test: $(VENV)/.installed-dev $(VENV)/.videos  ## install, then all tests: unit, property, distributed, end to end
+	@$(BIN)/python tests/storage/s3_servers.py
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not e2e" tests
 	$(BIN)/python -m pytest -m e2e tests
 
@@ -25,7 +27,7 @@ lint: $(VENV)/.installed-dev  ## ruff, import contracts, shellcheck
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports
-	@if command -v shellcheck >/dev/null; then shellcheck launchers/*.sh .ci/run && echo "shellcheck: clean"; \
+	@if command -v shellcheck >/dev/null; then shellcheck $(SCRIPTS) && echo "shellcheck: clean"; \
 	else echo "shellcheck: skipped, the tool is not installed"; fi
 
 typecheck: $(VENV)/.installed-dev  ## mypy, strict
@@ -40,6 +42,9 @@ bench: $(VENV)/.installed-dev  ## the benchmarks at sizes for two CPU cores; doc
 	$(BIN)/python benchmarks/loader.py
 	$(BIN)/python benchmarks/build.py
 	$(BIN)/python benchmarks/train_step.py
+
+ceph:  ## the Ceph gateway that the S3 tests prefer over moto's server, where it can be installed
+	tests/storage/install_ceph.sh
 
 format: $(VENV)/.installed-dev  ## let ruff rewrite the code in the project's format
 	$(BIN)/ruff check --fix -q . ; $(BIN)/ruff format .
