@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 from ardist.config import TrainConfig
 
@@ -27,8 +27,9 @@ class Memory:
 
     @property
     def total(self) -> int:
-        """At the peak, which is in the reduction of the gradients."""
-        return sum(getattr(self, field.name) for field in fields(self))
+        """At the peak: activations go as the gradients come, so that only the larger of both counts."""
+        state = self.weights + self.masters + self.moments + self.averages
+        return state + max(self.activations, self.gradients) + self.buffers
 
 
 def memory_per_rank(
@@ -60,8 +61,7 @@ def memory_per_rank(
         gradients = element * (bucket + slice_ * (parameters - bucket) // parameters)
     if stage == 3:
         weights = element * (slice_ + min(parameters, LIVE_ELEMENTS))
-        # A reduce-scatter needs its input in the order of the ranks, and an output.
-        buffers += element * (bucket + -(-bucket // world_size))
+        buffers += element * -(-bucket // world_size)  # what a reduce-scatter gives
     offloaded = training.offload != "none"
     return Memory(
         weights=0 if training.offload == "parameters" else weights,

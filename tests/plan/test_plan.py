@@ -66,7 +66,11 @@ def test_states_by_stage() -> None:
     assert states[2].gradients < 2 * million // 3
     assert all(state.averages == 4 * million // 8 for state in states)
     assert states[0].total > states[1].total > states[2].total
-    assert memory_per_rank(config, million, 1, 7, stage=0).activations == 7
+    assert (
+        memory_per_rank(config, million, 1, 7, stage=0).total == memory_per_rank(config, million, 1, 0, stage=0).total
+    )
+    many = memory_per_rank(config, million, 1, 9 * million, stage=0)
+    assert many.total == states[0].total - 4 * million // 8 - states[0].buffers + (9 - 2 + 4) * million
     assert memory_per_rank(config, million, 1, 0, stage=0).buffers == 0
 
 
