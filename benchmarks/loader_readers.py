@@ -48,6 +48,9 @@ def ardist_loader(options: argparse.Namespace) -> Iterator[torch.Tensor]:
     from ardist.config.data import DataConfig
     from ardist.data.loader import StreamingLoader
 
+    if options.data.startswith("s3://"):
+        import boto3  # noqa: F401 - imported on first use otherwise, which would be on the clock
+
     yield READY
     config = DataConfig(
         path=options.data,
