@@ -10,6 +10,7 @@ from ardist.report.ar_vae import add_ar_vae
 from ardist.report.curves import draw_curves
 from ardist.report.denoiser import add_denoiser
 from ardist.report.html import Page
+from ardist.report.launches import add_launches
 from ardist.report.metrics import Record, read_metrics, series
 
 _PLOTS = (
@@ -73,5 +74,6 @@ def _summary(run_dir: Path, page: Page) -> None:
         page.table(("event", "count"), sorted(recorded.items()))
     else:
         page.text("None: nothing was skipped, retried, substituted or dropped.")
+    add_launches(run_dir, summary.pop("launches", None), page)
     page.heading("Summary")
     page.table(("", ""), [(name, value) for name, value in summary.items() if not isinstance(value, dict | list)])

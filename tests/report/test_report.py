@@ -17,6 +17,7 @@ from ardist.report.denoiser import draw_loss_map
 from ardist.report.html import Page
 from ardist.report.metrics import read_metrics, series
 from ardist.report.run_report import write_run_report
+from ardist.training import goodput
 
 
 def write_metrics(run: Path, records: list[dict[str, object]], tail: str = "") -> None:
@@ -73,6 +74,23 @@ def test_run_report_names_events_and_draws_frames(tmp_path: Path) -> None:
     text = write_run_report(tmp_path).read_text(encoding="utf-8")
     assert "loader.substitution" in text
     assert (tmp_path / "figures" / "loss-by-frame.png").exists()
+
+
+def test_failures_and_what_they_cost_are_shown(tmp_path: Path) -> None:
+    write_metrics(tmp_path, [{"step": 1, "loss": 1.0}])
+    common = {"job": "a", "time": 100.0}
+    failure = {"cause": "stuck", "detail": "no step for 6 s", "rank": 1, "phase": "step", "step": 7, "failed": 30.0}
+    book: list[dict[str, object]] = [
+        {**common, "event": "end", "attempt": 0, "began": 0.0, "ended": 31.0, "detect_seconds": 6.05, **failure},
+        {**common, "event": "first_step", "attempt": 1, "at": 39.5, "resumed_step": 5},
+        {**common, "event": "end", "attempt": 1, "began": 31.0, "ended": 60.0, "cause": "done"},
+    ]
+    (tmp_path / goodput.FILE).write_text("".join(json.dumps(record) + "\n" for record in book))
+    totals = goodput.summarise(tmp_path, useful_seconds=45.0)
+    (tmp_path / "summary.json").write_text(json.dumps({"steps": 8, "launches": totals}))
+    text = write_run_report(tmp_path).read_text(encoding="utf-8")
+    for shown in ("Starts and failures", "goodput", "0.75", "stuck", "no step for 6 s", "6.05", "9.5"):
+        assert f">{shown}<" in text, shown
 
 
 def test_the_loss_map_and_the_newest_samples_are_shown(tmp_path: Path) -> None:
