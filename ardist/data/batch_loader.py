@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import time
+import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -53,6 +55,16 @@ class Step:
     epoch: int
     after: Any
     substitutions: dict[int, Substitution] = field(default_factory=dict)
+
+
+_open: weakref.WeakSet[BatchLoader] = weakref.WeakSet()
+
+
+@atexit.register
+def _close_what_is_open() -> None:
+    """A thread that the end of the program meets inside a native library would abort the program."""
+    for loader in list(_open):
+        loader.close()
 
 
 def _layout(manifest: Manifest) -> Layout:
@@ -177,6 +189,7 @@ class BatchLoader(ABC):
 
     def _start(self) -> None:
         """Start reading at what was consumed."""
+        _open.add(self)
         self._planned = self._position()
         for stream, whole in zip(self.streams, self._whole_windows, strict=True):
             stream.begin(whole_windows=whole)
@@ -281,6 +294,7 @@ class BatchLoader(ABC):
         A read that hangs is waited for some seconds, then left behind and counted (``loader.thread_left_behind``).
         """
         self._closed = True
+        _open.discard(self)
         self._stop()
         for stream in self.streams:
             stream.close()

@@ -395,6 +395,8 @@ from ardist.data.reader import SampleReader
 loader = open_loader(DataConfig(path=sys.argv[1], lanes=4, window=8), seed=1, global_batch_size=8)
 next(loader)
 if sys.argv[2] == "hang":
+    from ardist.data import fetch_threads
+    fetch_threads.GRACE_SECONDS = 0.5
     SampleReader.read_run = lambda *_: threading.Event().wait()
     next(loader)
     time.sleep(0.5)
@@ -413,7 +415,8 @@ def test_a_program_that_forgets_to_close_ends(dataset: Path, how: str) -> None:
         check=False,
     )
     assert result.returncode == 0
-    assert result.stderr == b""
+    assert how == "hang" or result.stderr == b""
+    assert b"terminate" not in result.stderr
 
 
 @contextlib.contextmanager
@@ -480,6 +483,8 @@ def test_a_failed_step_lets_go_of_its_windows(dataset: Path, place: str, monkeyp
     calls, work = [], fault.point if "fault" in place else WindowArena._copy
 
     def sometimes(*arguments: Any) -> Any:
+        if "fault" in place and arguments != ("data.fill",):
+            return work(*arguments)
         calls.append(1)
         if len(calls) in (2, 3, 4, 5, 6, 20):
             raise KeyError("a failed fill")
