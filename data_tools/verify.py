@@ -109,7 +109,7 @@ def _check_shard(
         path = storage.local_path(shard.name) or Path(folder) / "shard.tar"
         if storage.local_path(shard.name) is None:
             report.guard(shard.name, lambda: storage.download(shard.name, path))
-        rebuilt = report.guard(shard.name, lambda: build_index(path, shape=shard.shape, dtype=shard.dtype))
+        rebuilt = report.guard(shard.name, lambda: _rebuild(path, shard))
         if rebuilt is None:
             return
         if rebuilt.tar_sha256 != shard.sha256:
@@ -117,6 +117,10 @@ def _check_shard(
         if index is not None and rebuilt.to_bytes() != index.to_bytes():
             report.problems.append(Problem(shard.index_name, "does not describe the tar beside it"))
         report.guard(shard.name, lambda: _check_values(path, rebuilt, shard))
+
+
+def _rebuild(path: Path, shard: ShardEntry) -> TarIndex:
+    return build_index(path, shape=shard.shape, dtype=shard.dtype, context=shard.context_shape)
 
 
 def _open_index(storage: Storage, shard: ShardEntry) -> TarIndex:

@@ -191,7 +191,7 @@ class DenoiserObjective:
             without = ids < 0 if dropped is None else (ids < 0) | dropped
             condition["class_ids"] = torch.where(without, null, ids)
         if self.model_config.context_tokens and batch.context is not None:
-            condition["context"] = batch.context.expand(rows, *batch.context.shape[1:])
+            condition["context"] = batch.context.float().expand(rows, *batch.context.shape[1:])
             if dropped is not None:
                 condition["context_dropped"] = dropped
         return condition

@@ -156,10 +156,14 @@ def _shape_problems(config: TrainConfig, manifest: Manifest) -> Iterator[str]:
                 f"holds latents of {tokens} tokens x {channels} channels per frame; the denoiser is configured for "
                 f"tokens_per_frame={model.tokens_per_frame}, latent_channels={model.latent_channels}"
             )
-        if model.context_tokens:
+        wanted_context = (model.context_tokens, model.context_dim) if model.context_tokens else None
+        if wanted_context is not None and manifest.context_shape != wanted_context:
+            has = "no context embeddings"
+            if manifest.context_shape is not None:
+                has = f"context embeddings of {manifest.context_shape[0]} tokens x {manifest.context_shape[1]} channels"
             yield (
-                f"datasets carry no context embeddings yet, so denoiser.context_tokens={model.context_tokens} would "
-                "train on the null context only; legal: 0"
+                f"holds {has}; the denoiser is configured for context_tokens={model.context_tokens}, "
+                f"context_dim={model.context_dim}"
             )
         if model.positions == "sincos" and frames > model.max_frames:
             yield f"holds clips of {frames} frames; denoiser.max_frames is {model.max_frames}"

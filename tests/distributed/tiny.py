@@ -22,9 +22,18 @@ FRAMES, TOKENS, CHANNELS = 4, 3, 4
 
 
 def write_latents(
-    directory: Path, samples: int = 64, shards: int = 4, seed: int = 0, classes: int = 0, frames: int = FRAMES
+    directory: Path,
+    samples: int = 64,
+    shards: int = 4,
+    seed: int = 0,
+    classes: int = 0,
+    frames: int = FRAMES,
+    context: tuple[int, int] | None = None,
 ) -> Path:
-    """Clips of unit-norm tokens that turn slowly over time: something that can be learned."""
+    """Clips of unit-norm tokens that turn slowly over time: something that can be learned.
+
+    `context`: (K, D) of embeddings that say which way a clip turns.
+    """
     generator = np.random.default_rng(seed)
     entries = []
     per_shard = samples // shards
@@ -40,7 +49,8 @@ def write_latents(
                 source=f"clip-{number}.mp4", frames=frames, class_id=number % classes if classes else None
             )
             key = sample_key(f"{seed}-clip-{number}.mp4", (0, frames), {})
-            items.append(Sample(key, clip.astype("<f2"), info))
+            told = None if context is None else np.resize(turn * 10, context).astype("<f2")
+            items.append(Sample(key, clip.astype("<f2"), info, told))
         entries.append(write_shard(directory, shard, items, "float16"))
     manifest = fold_shards(
         entries,

@@ -56,7 +56,11 @@ def problems(config: TrainConfig, ranks: int, monkeypatch: pytest.MonkeyPatch) -
         ({"validation__path": "/nowhere"}, 1, ["DataError", "/nowhere"]),
         ({"init_from": "/nowhere"}, 1, ["init_from: '/nowhere' is not a directory"]),
         ({"training__global_batch_size": 64}, 1, ["data, ", "16"]),
-        ({"denoiser__context_tokens": 2, "denoiser__context_dim": 8}, 1, ["no context embeddings yet", "legal: 0"]),
+        (
+            {"denoiser__context_tokens": 2, "denoiser__context_dim": 8},
+            1,
+            ["holds no context embeddings", "context_dim=8"],
+        ),
         ({"deepspeed__bf16__enabled": True}, 1, ["deepspeed.bf16: this is derived from training.precision"]),
         ({"deepspeed__fp16": {}}, 1, ["deepspeed.fp16: this is derived from training.precision"]),
         ({"deepspeed__data_types": {}}, 1, ["deepspeed.data_types: this is derived from training.grad_accumulation"]),
