@@ -26,6 +26,7 @@ from ardist.data.shard_writer import Sample, write_shard
 from ardist.data.tar_index import CONTEXT_RECORD, HEADER, RECORD, TarIndex, build_index
 from ardist.errors import DataError, InvalidValueError
 from ardist.events import events
+from data_tools.verify import verify
 
 COUNTS = [30, 31, 29]
 CONTEXT = (5, 6)
@@ -109,6 +110,13 @@ def test_the_index_is_the_documented_one_and_other_readers_open_the_tar(dataset:
         assert np.array_equal(np.load(io.BytesIO(sample["context.npy"]), allow_pickle=False), context_of(number))
     built = build_index(folder / entry.name, shape=(2, 3, 4), dtype="float16", context=CONTEXT)
     assert built.to_bytes() == data
+
+
+def test_verify_knows_the_second_member(dataset: tuple[Path, Manifest]) -> None:
+    folder, manifest = dataset
+    assert not verify(str(folder)).problems
+    flip(folder, manifest, 0, 1, 130)
+    assert verify(str(folder)).problems
 
 
 def test_a_dataset_without_context_is_what_it_was(tmp_path: Path) -> None:
