@@ -91,8 +91,13 @@ class ADSchedule:
 
     @property
     def num_rows(self) -> int:
-        """N, the network calls of one run (each of twice the batch where classifier-free guidance is on)."""
+        """N, the network calls that denoise (each of twice the batch where classifier-free guidance is on)."""
         return self.num_steps + (self.num_generated_frames - 1) * self.difference
+
+    @property
+    def num_network_calls(self) -> int:
+        """All network calls of one run: the rows, and those that only show the prefix to the network."""
+        return self.num_rows + len(self.prefix_ranges)
 
     @property
     def num_generated_frames(self) -> int:
@@ -112,7 +117,7 @@ class ADSchedule:
         if self.window_kind == "recompute":
             return self._window * self.num_rows
         rows = range(1, self.num_rows + 1)
-        return sum(end - start for start, end in map(self.evaluated_range, rows))
+        return sum(end - start for start, end in (*self.prefix_ranges, *map(self.evaluated_range, rows)))
 
     @property
     def first_frame_row(self) -> int:
@@ -126,6 +131,19 @@ class ADSchedule:
 
     # Ranges of frames in one row, as Python numbers: they shape the network's input.
 
+    @property
+    def prefix_ranges(self) -> list[tuple[int, int]]:
+        """[start, end) of the given frames that enter the cache in a call of their own before row 1.
+
+        A prefix longer than the window enters in pieces of W frames, the last of them in row 1; a shorter one enters
+        in row 1 whole.
+        """
+        if self.window_kind == "recompute":
+            return []
+        return [
+            (start, start + self._window) for start in range(0, self.num_prefix_frames - self._window, self._window)
+        ]
+
     def active_range(self, row: int) -> tuple[int, int]:
         """[start, end) of the frames that are denoised in `row`, 1..num_rows."""
         self._check_row(row, first=1)
@@ -138,12 +156,15 @@ class ADSchedule:
     def evaluated_range(self, row: int) -> tuple[int, int]:
         """[start, end) of the frames that pass through the network in `row`.
 
-        Rolling: the active frames, and before them those that became final in the row before (in row 1, the prefix),
-        whose keys and values are now computed from their final latents for the cache. Recompute: the window.
+        Rolling: the active frames, and before them those that became final in the row before (in row 1, the prefix or
+        what `prefix_ranges` leaves of it), whose keys and values are now computed from their final latents for the
+        cache. Recompute: the window.
         """
         if self.window_kind == "recompute":
             return self.window_range(row)
-        return (0 if row == 1 else self.active_range(row - 1)[0]), self.active_range(row)[1]
+        if row == 1:
+            return len(self.prefix_ranges) * self._window, self.active_range(row)[1]
+        return self.active_range(row - 1)[0], self.active_range(row)[1]
 
     def window_range(self, row: int) -> tuple[int, int]:
         """[start, end) of the frames that the network sees in `row`: evaluated, or present in the cache."""

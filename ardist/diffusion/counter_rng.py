@@ -72,8 +72,10 @@ def random_bits(
 ) -> Int64[Tensor, "b count"]:
     """Words `offset .. offset+count-1` of each sample's stream, each in [0, 2^32), as int64 `[b, count]`.
 
-    `sample_ids` holds the bits of 64-bit sample keys. Raises InvalidValueError for an address outside the layout.
+    `sample_ids` holds the bits of 64-bit sample keys. Raises InvalidValueError for ids of another type or shape, and
+    for an address outside the layout.
     """
+    check_sample_ids(sample_ids)
     _check_address(seed, epoch, purpose, count, offset)
     first, end = offset // 4, -(-(offset + count) // 4)
     if _is_small_and_here(sample_ids, end - first):
@@ -178,6 +180,15 @@ def scale_to_range(words: Int64[Tensor, "*n 2"], size: int | Int64[Tensor, "..."
     axes of `words`.
     """
     return (words[..., 0] * size + ((words[..., 1] * size) >> 32)) >> 32
+
+
+def check_sample_ids(sample_ids: Tensor) -> None:
+    """Raise InvalidValueError unless they are int64, one per sample: other types would be read as other addresses."""
+    if sample_ids.ndim != 1 or sample_ids.dtype != torch.int64:
+        raise InvalidValueError(
+            f"sample_ids of shape {tuple(sample_ids.shape)} and {sample_ids.dtype} are illegal; "
+            "legal: one axis, torch.int64"
+        )
 
 
 def _check_address(seed: int, epoch: int, purpose: int, count: int, offset: int) -> None:

@@ -9,6 +9,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from ardist.diffusion.shapes import check_clips, check_shape
+
 
 def ddim_step(
     x_t: Float[Tensor, "b f *x"],
@@ -22,16 +24,22 @@ def ddim_step(
 
     Levels are inside (0, 1), one per frame, and are best given in float64; after a frame's last evaluation `abar_prev`
     is abar_0. Frames that are not `updated` (default: all are) come back bit-identical. Computed in float32 (float64
-    for float64 input), returned in the dtype of `x_t`.
+    for float64 input), returned in the dtype of `x_t`. Raises InvalidValueError for tensors that would only fit by
+    broadcasting.
     """
+    check_clips("x_t", x_t)
+    check_shape("x0", x0, x_t.shape)
+    for name, values in (("abar_t", abar_t), ("abar_prev", abar_prev), ("updated", updated)):
+        if values is not None:
+            check_shape(name, values, x_t.shape[:2], x_t.shape[1:2])
     dtype = torch.promote_types(x_t.dtype, torch.float32)
-    shape = abar_t.shape + (1,) * (x_t.ndim - 2)
-    abar, prev = abar_t.double().reshape(shape), abar_prev.double().reshape(shape)
+    trailing = (1,) * (x_t.ndim - 2)
+    abar, prev = (level.double().reshape(level.shape + trailing) for level in (abar_t, abar_prev))
     # x_prev = sqrt(prev) x0 + sqrt(1-prev) (x_t - sqrt(abar) x0) / sqrt(1-abar), sorted by x_t and x0.
     keep = ((1 - prev) / (1 - abar)).sqrt()
     pull = prev.sqrt() - keep * abar.sqrt()
     moved = (keep.to(dtype) * x_t + pull.to(dtype) * x0).to(x_t.dtype)
-    return moved if updated is None else torch.where(updated.reshape(shape), moved, x_t)
+    return moved if updated is None else torch.where(updated.reshape(updated.shape + trailing), moved, x_t)
 
 
 def guide(

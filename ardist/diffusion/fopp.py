@@ -22,7 +22,7 @@ import torch
 from jaxtyping import Int, Int64
 from torch import Tensor
 
-from ardist.diffusion.counter_rng import Purpose, random_bits, scale_to_range
+from ardist.diffusion.counter_rng import Purpose, check_sample_ids, random_bits, scale_to_range
 from ardist.errors import InvalidValueError, choose
 
 LAWS = ("fopp", "synchronous", "independent", "uniform_monotone")
@@ -46,8 +46,10 @@ def sample_timesteps(
 
     `law` is one of LAWS, or weights of several laws, from which each clip chooses one. Row b depends on
     (seed, epoch, sample_ids[b], purpose) and the arguments before, on nothing else. On the device of `sample_ids`,
-    without a host sync. Raises InvalidValueError for an unknown law, bad weights or sizes outside 1..4096.
+    without a host sync. Raises InvalidValueError for an unknown law, bad weights, sizes outside 1..4096, or sample ids
+    that are not int64 `[batch_size]`.
     """
+    check_sample_ids(sample_ids)
     weights = _check(law, batch_size, num_frames, num_timesteps, len(sample_ids))
     words = random_bits(seed, epoch, sample_ids, purpose, 2 * (num_frames + 2)).unflatten(1, (num_frames + 2, 2))
     frame = torch.arange(num_frames, device=sample_ids.device)

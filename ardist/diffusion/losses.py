@@ -12,13 +12,16 @@ from torch import Tensor
 
 from ardist.diffusion.counter_rng import Purpose, bernoulli
 from ardist.diffusion.noise import TARGETS, NoiseSchedule
+from ardist.diffusion.shapes import check_clips, check_int64, check_shape
 from ardist.errors import InvalidValueError, choose
 
 
 def per_frame_mse(prediction: Float[Tensor, "b f *x"], target: Float[Tensor, "b f *x"]) -> Float[Tensor, "b f"]:
-    """Mean squared error of every frame `[b, f]`, in float32 or wider."""
+    """Mean squared error of every frame `[b, f]`, in float32 or wider; InvalidValueError for different shapes."""
+    check_clips("target", target)
+    check_shape("prediction", prediction, target.shape)
     dtype = torch.promote_types(torch.promote_types(prediction.dtype, target.dtype), torch.float32)
-    return (prediction.to(dtype) - target.to(dtype)).square().flatten(2).mean(dim=2)
+    return (prediction.to(dtype) - target.to(dtype)).square().unsqueeze(2).flatten(2).mean(dim=2)
 
 
 def min_snr_weights(
@@ -46,8 +49,13 @@ def diffusion_loss(
 ) -> Float[Tensor, ""]:
     """The loss to minimise: the mean over clips and frames of weight x loss; without weights, the plain MSE.
 
-    Weights are used as they are: a mean other than 1 scales the loss.
+    Weights are used as they are: a mean other than 1 scales the loss. Raises InvalidValueError for shapes other than
+    `[b, f]` and `[f]`.
     """
+    if timestep_weights is not None:
+        check_shape("timestep_weights", timestep_weights, frame_losses.shape)
+    if frame_weights is not None:
+        check_shape("frame_weights", frame_weights, frame_losses.shape[1:])
     for weights in (timestep_weights, frame_weights):
         if weights is not None:
             frame_losses = frame_losses * weights
@@ -65,8 +73,10 @@ def loss_by_timestep(
     """(sum of losses, number of frames) in each of `num_buckets` equal ranges of timesteps, detached, float32.
 
     Sums and numbers add over micro batches and ranks; divide at the end. Equal inputs give equal bits on a GPU too: no
-    atomic additions.
+    atomic additions. Raises InvalidValueError unless every loss has one int64 timestep.
     """
+    check_int64("timesteps", timesteps)
+    check_shape("timesteps", timesteps, frame_losses.shape)
     if not 1 <= num_buckets <= num_timesteps:
         raise InvalidValueError(f"num_buckets={num_buckets} is out of range; legal: 1..{num_timesteps}")
     bucket = (timesteps * num_buckets).div(num_timesteps, rounding_mode="floor").flatten()

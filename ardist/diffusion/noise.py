@@ -16,6 +16,7 @@ import torch
 from jaxtyping import Float, Float64, Int64
 from torch import Tensor
 
+from ardist.diffusion.shapes import check_clips, check_int64, check_shape
 from ardist.errors import InvalidValueError, choose
 
 ScheduleKind = Literal["scaled_linear", "cosine"]
@@ -29,8 +30,9 @@ class NoiseSchedule:
     """How much of the clean signal is left at each timestep; timesteps are 0..T-1 and larger is noisier.
 
     Tensors `x` are `[b, f, ...]` with one timestep per frame, `[b, f]`. Products are formed in float32 (float64 for
-    float64 input) and returned in the dtype of the input. Timesteps out of range raise InvalidValueError on CPU; on an
-    accelerator the check would need a host sync, and the indexing kernel asserts instead.
+    float64 input) and returned in the dtype of the input. Tensors that would only fit by broadcasting and timesteps
+    other than int64 raise InvalidValueError. So do timesteps out of range on CPU; on an accelerator that check would
+    need a host sync, and the indexing kernel asserts instead.
     """
 
     kind: str
@@ -61,6 +63,7 @@ class NoiseSchedule:
 
     def abar(self, timesteps: Int64[Tensor, "*n"]) -> Float64[Tensor, "*n"]:
         """abar of every timestep, float64."""
+        check_int64("timesteps", timesteps)
         if timesteps.device.type == "cpu" and not torch.compiler.is_compiling():
             self.check(timesteps)
         return self.alphas_cumprod[timesteps]
@@ -81,6 +84,7 @@ class NoiseSchedule:
         self, x0: Float[Tensor, "b f *x"], eps: Float[Tensor, "b f *x"], timesteps: Int64[Tensor, "b f"]
     ) -> Float[Tensor, "b f *x"]:
         """x_t: each frame of `x0` noised to its own timestep with the standard normal `eps`."""
+        _check_shapes(timesteps, x0=x0, eps=eps)
         a, s = self._coefficients(timesteps, x0)
         return (a * x0 + s * eps).to(x0.dtype)
 
@@ -88,6 +92,7 @@ class NoiseSchedule:
         self, kind: str, x0: Float[Tensor, "b f *x"], eps: Float[Tensor, "b f *x"], timesteps: Int64[Tensor, "b f"]
     ) -> Float[Tensor, "b f *x"]:
         """What a network with prediction target `kind` (one of TARGETS) must return."""
+        _check_shapes(timesteps, x0=x0, eps=eps)
         if _target(kind) == "v":
             a, s = self._coefficients(timesteps, x0)
             return (a * eps - s * x0).to(x0.dtype)
@@ -101,6 +106,7 @@ class NoiseSchedule:
         timesteps: Int64[Tensor, "b f"],
     ) -> Float[Tensor, "b f *x"]:
         """x0 from a prediction of `kind` at `x_t`."""
+        _check_shapes(timesteps, x_t=x_t, prediction=prediction)
         if _target(kind) == "x0":
             return prediction
         a, s = self._coefficients(timesteps, x_t)
@@ -115,6 +121,7 @@ class NoiseSchedule:
         timesteps: Int64[Tensor, "b f"],
     ) -> Float[Tensor, "b f *x"]:
         """eps from a prediction of `kind` at `x_t`."""
+        _check_shapes(timesteps, x_t=x_t, prediction=prediction)
         if _target(kind) == "eps":
             return prediction
         a, s = self._coefficients(timesteps, x_t)
@@ -126,6 +133,16 @@ class NoiseSchedule:
         abar = self.abar(timesteps).reshape(timesteps.shape + (1,) * (like.ndim - timesteps.ndim))
         dtype = torch.promote_types(like.dtype, torch.float32)
         return abar.sqrt().to(dtype), (1 - abar).sqrt().to(dtype)
+
+
+def _check_shapes(timesteps: Tensor, **clips: Tensor) -> None:
+    """Refuse clips of different shapes, and timesteps other than one int64 per frame of theirs."""
+    first = next(iter(clips.values()))
+    for name, clip in clips.items():
+        check_clips(name, clip)
+        check_shape(name, clip, first.shape)
+    check_int64("timesteps", timesteps)
+    check_shape("timesteps", timesteps, first.shape[:2])
 
 
 def _target(kind: str) -> Target:

@@ -64,7 +64,14 @@ def test_closed_form_is_the_literal_walk(arguments: dict) -> None:
     levels = [shown_before_start] + [1 + spacing * k for k in reversed(range(steps))]
     window = frames if schedule.window is None else min(schedule.window, frames)
     cached: set[int] = set()
-    evaluations = most_active = 0
+    calls = 0
+    # A rolling window takes a long prefix in pieces of its own size, the last of them together with the first row.
+    while schedule.window_kind == "rolling" and schedule.num_prefix_frames - len(cached) > window:
+        assert schedule.prefix_ranges[calls] == (len(cached), len(cached) + window)
+        cached |= set(range(*schedule.prefix_ranges[calls]))
+        calls += 1
+    assert schedule.num_network_calls == calls + schedule.num_rows
+    evaluations, most_active = len(cached), 0
     for row in range(1, len(rows)):
         before, after = rows[row - 1], rows[row]
         active = [frame for frame in range(frames) if after[frame] > before[frame]]
@@ -109,6 +116,8 @@ def test_sizes_named_in_the_paper() -> None:
     assert ADSchedule(16, 50, 50).num_frame_evaluations == 16 * 51 - 1  # nothing attends to the last frame's cache
     assert ADSchedule(16, 50, 0).num_frame_evaluations == 16 * 50
     assert ADSchedule(16, 50, 5, num_prefix_frames=4).num_frame_evaluations == 4 + 12 * 51 - 1
+    assert ADSchedule(30, 50, 5, 4, num_prefix_frames=12).num_network_calls == 2 + 50 + 17 * 5
+    assert ADSchedule(30, 50, 5, 4, num_prefix_frames=12).num_frame_evaluations == 12 + 18 * 51 - 1
 
 
 def test_synchronous_schedule_is_one_level_per_row() -> None:

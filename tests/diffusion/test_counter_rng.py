@@ -226,6 +226,34 @@ def test_bad_arguments_are_refused() -> None:
         random_bits(0, 0, IDS, 1, 4, offset=-4)
 
 
+WRONG_IDS = """
+import torch
+from ardist.diffusion.counter_rng import bernoulli, normal, random_bits
+from ardist.diffusion.fopp import sample_timesteps
+from ardist.errors import InvalidValueError
+
+timesteps = lambda ids: sample_timesteps("fopp", 4, 3, 10, seed=0, epoch=0, sample_ids=ids)
+draws = [lambda ids: random_bits(0, 0, ids, 1, 4), lambda ids: random_bits(0, 0, ids, 1, 2**17)]
+draws += [lambda ids: normal(0, 0, ids, 1, (2,)), lambda ids: bernoulli(0, 0, ids, 1, 0.5), timesteps]
+wrong = [torch.arange(4, dtype=dtype) for dtype in (torch.int32, torch.uint8, torch.float64)]
+wrong += [torch.zeros((), dtype=torch.int64), torch.zeros(4, 1, dtype=torch.int64)]
+for draw in draws:
+    for ids in wrong:
+        try:
+            draw(ids)
+        except InvalidValueError as error:
+            assert str(error).startswith(f"sample_ids of shape {tuple(ids.shape)} and {ids.dtype} are illegal"), error
+            assert str(error).endswith("legal: one axis, torch.int64"), error
+        else:
+            raise AssertionError(f"{ids} passed")
+"""
+
+
+def test_sample_ids_of_another_type_or_shape_are_refused() -> None:
+    """In a process of its own: here the annotations would refuse them first."""
+    subprocess.run([sys.executable, "-c", WRONG_IDS], check=True, timeout=120)
+
+
 def test_empty_shapes() -> None:
     assert normal(0, 0, IDS, 1, (0, 4)).shape == (5, 0, 4)
     assert normal(0, 0, IDS[:0], 1, (3, 4)).shape == (0, 3, 4)

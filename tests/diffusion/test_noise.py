@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterator
 
+import jaxtyping
 import pytest
 import torch
 
 from ardist.diffusion.ad import ADSchedule
 from ardist.diffusion.ddim import ddim_step, guide
+from ardist.diffusion.losses import diffusion_loss, loss_by_timestep, min_snr_weights, per_frame_mse
 from ardist.diffusion.noise import SCHEDULES, TARGETS, NoiseSchedule
 from ardist.errors import InvalidValueError
 
@@ -97,6 +100,63 @@ def test_narrow_types_come_back_as_given_and_are_computed_in_float32(dtype: torc
 def test_timesteps_out_of_range_are_refused(timesteps: list[list[int]]) -> None:
     with pytest.raises(InvalidValueError, match=r"are out of range; legal: 0\.\.999"):
         NoiseSchedule.create().add_noise(clip(1, 2, 3), clip(1, 2, 3), torch.tensor(timesteps))
+
+
+@pytest.fixture
+def unchecked() -> Iterator[None]:
+    """Past the type annotations, which these tests check at run time and the product does not."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
+
+
+PLAIN, X, T = NoiseSchedule.create(), clip(4, 4, 3, 2), torch.full((4, 4), 7)
+LOSSES, LEVELS = X.mean(dim=(2, 3)), PLAIN.abar(T)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: PLAIN.add_noise(X, X, T[0]), r"timesteps of shape \(4,\) is illegal; legal: \(4, 4\)"),
+        (lambda: PLAIN.add_noise(X, X, T[:1]), r"timesteps of shape \(1, 4\) is illegal; legal: \(4, 4\)"),
+        (lambda: PLAIN.add_noise(X, X[:1], T), r"eps of shape \(1, 4, 3, 2\) is illegal; legal: \(4, 4, 3, 2\)"),
+        (lambda: PLAIN.add_noise(X, X, T.double()), r"timesteps of shape .*float64 is illegal; legal: torch\.int64"),
+        (lambda: PLAIN.add_noise(X[0, :, 0, 0], X[0, :, 0, 0], T[0]), r"x0 of shape \(4,\) .* \(clips, frames, ...\)"),
+        (lambda: PLAIN.snr(T.float()), r"timesteps of shape .*float32 is illegal; legal: torch\.int64"),
+        (lambda: PLAIN.abar(T.to(torch.uint8)), r"timesteps of shape .*uint8 is illegal; legal: torch\.int64"),
+        *((lambda k=k: PLAIN.target(k, X, X[:1], T), r"eps of shape \(1, 4, 3, 2\)") for k in TARGETS),
+        *((lambda k=k: PLAIN.target(k, X, X, T[0]), r"timesteps of shape \(4,\)") for k in TARGETS),
+        *((lambda k=k: PLAIN.to_x0(k, X[:1], X, T), r"prediction of shape \(1, 4, 3, 2\)") for k in TARGETS),
+        *((lambda k=k: PLAIN.to_x0(k, X, X, T[:1]), r"timesteps of shape \(1, 4\)") for k in TARGETS),
+        *((lambda k=k: PLAIN.to_eps(k, X[:1], X, T), r"prediction of shape \(1, 4, 3, 2\)") for k in TARGETS),
+        *((lambda k=k: PLAIN.to_eps(k, X, X, T[:1]), r"timesteps of shape \(1, 4\)") for k in TARGETS),
+        (lambda: per_frame_mse(X[:1], X), r"prediction of shape \(1, 4, 3, 2\) is illegal; legal: \(4, 4, 3, 2\)"),
+        (lambda: per_frame_mse(X[0, 0, 0], X[0, 0, 0]), r"target of shape \(2,\) .* \(clips, frames, ...\)"),
+        (lambda: diffusion_loss(LOSSES, frame_weights=LOSSES[0, :1]), r"frame_weights of shape \(1,\) .* \(4,\)"),
+        (lambda: diffusion_loss(LOSSES, frame_weights=LOSSES), r"frame_weights of shape \(4, 4\) .* \(4,\)"),
+        (lambda: diffusion_loss(LOSSES, timestep_weights=LOSSES[0]), r"timestep_weights of shape \(4,\) .* \(4, 4\)"),
+        (lambda: loss_by_timestep(LOSSES, T[0], 1000, 4), r"timesteps of shape \(4,\) is illegal; legal: \(4, 4\)"),
+        (lambda: loss_by_timestep(LOSSES, T.double(), 1000, 4), r"timesteps of .*float64 .* legal: torch\.int64"),
+        (lambda: min_snr_weights(PLAIN, "v", T.float(), 5), r"timesteps of .*float32 is illegal; legal: torch\.int64"),
+        (lambda: ddim_step(X, X[:1], LEVELS, LEVELS), r"x0 of shape \(1, 4, 3, 2\) is illegal; legal: \(4, 4, 3, 2\)"),
+        (lambda: ddim_step(X, X, LEVELS[:1], LEVELS), r"abar_t of shape \(1, 4\) .* \(4, 4\) or \(4,\)"),
+        (lambda: ddim_step(X, X, LEVELS, LEVELS[0, :1]), r"abar_prev of shape \(1,\) .* \(4, 4\) or \(4,\)"),
+        (lambda: ddim_step(X, X, LEVELS, LEVELS, updated=T[:1] > 0), r"updated of shape \(1, 4\) .* or \(4,\)"),
+        (lambda: ddim_step(X[0, 0, 0], X[0, 0, 0], LEVELS, LEVELS), r"x_t of shape \(2,\) .* \(clips, frames, ...\)"),
+    ],
+)
+@pytest.mark.usefixtures("unchecked")
+def test_what_would_only_fit_by_broadcasting_is_refused(call: Callable[[], object], message: str) -> None:
+    with pytest.raises(InvalidValueError, match=message):
+        call()
+
+
+def test_clips_of_single_numbers_and_levels_of_either_shape_are_legal() -> None:
+    """The least shapes that the annotations allow: no axis after the frames, levels with and without clips."""
+    x0, eps, timesteps = X[..., 0, 0], X[..., 1, 1], T[:1].expand(4, 4)
+    assert torch.equal(per_frame_mse(x0, eps), (x0 - eps).square())
+    here = ddim_step(PLAIN.add_noise(x0, eps, timesteps), x0, LEVELS, LEVELS[0])
+    torch.testing.assert_close(here, PLAIN.add_noise(x0, eps, timesteps))
 
 
 def test_unknown_names_are_refused() -> None:
