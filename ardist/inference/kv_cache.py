@@ -7,6 +7,7 @@ section 3.3 has the causal attention that makes this possible; the cache is ours
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
@@ -15,6 +16,31 @@ from torch import Tensor
 from ardist.config.denoiser import DenoiserConfig
 from ardist.errors import InvalidValueError
 from ardist.models.attention import AttentionLayout
+
+
+@dataclass(frozen=True)
+class RowPlan:
+    """What a network call reads; two calls with equal layouts and `passes_through` have tensors of equal strides."""
+
+    oldest: int
+    """The first frame that the call sees."""
+    layout: AttentionLayout
+    passes_through: bool
+    """Nothing to read and nothing to keep: the call's own keys and values serve as they are."""
+
+    @classmethod
+    def of(cls, config: DenoiserConfig, window: int, start: int, stop: int, num_final: int) -> RowPlan:
+        """The plan of a call on the frames [start, stop), of which the first `num_final` are final."""
+        oldest = max(0, start - window + 1)
+        layout = AttentionLayout(
+            config.tokens_per_frame,
+            query_frames=(start - oldest, stop - oldest),
+            key_frames=(0, stop - oldest),
+            context_tokens=config.context_tokens,
+            context_queries=False,
+            window=window if stop - oldest > window else None,
+        )
+        return cls(oldest, layout, oldest == start and not config.context_tokens and not num_final)
 
 
 class KVCache:
@@ -44,6 +70,7 @@ class KVCache:
         if config.mask != "strict":
             raise InvalidValueError(f"mask {config.mask!r} cannot be cached exactly; legal: 'strict'")
         self.batch_size = batch_size
+        self._config = config
         self._length, self._context = config.tokens_per_frame, config.context_tokens
         self._window = num_frames if window is None else window
         visible = self._window - 1 + max_row_frames
@@ -69,7 +96,8 @@ class KVCache:
 
         The frames before `start` must have been final in an earlier row. Returns the layout of the call's attention.
         """
-        oldest = max(0, start - self._window + 1)
+        plan = RowPlan.of(self._config, self._window, start, stop, num_final)
+        oldest = plan.oldest
         if stop - self._base > self._capacity:
             self._move_to_front(oldest, start)
         if self._context and self._context_before != oldest:
@@ -77,17 +105,8 @@ class KVCache:
         first = self._slot(oldest)
         self._visible = slice(first - self._context, first + (stop - oldest) * self._length)
         self._row = slice(self._slot(start), self._slot(stop))
-        # Nothing to read and nothing to keep: the call's own keys and values serve as they are.
-        self._passes_through = oldest == start and not self._context and not num_final
-        window = self._window if stop - oldest > self._window else None
-        return AttentionLayout(
-            self._length,
-            query_frames=(start - oldest, stop - oldest),
-            key_frames=(0, stop - oldest),
-            context_tokens=self._context,
-            context_queries=False,
-            window=window,
-        )
+        self._passes_through = plan.passes_through
+        return plan.layout
 
     def _slot(self, frame: int) -> int:
         """Index in the buffer of the first token of `frame`."""

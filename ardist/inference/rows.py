@@ -12,11 +12,12 @@ import torch
 from jaxtyping import Float, Float64, Int64
 from torch import Tensor
 
+from ardist.config.denoiser import DenoiserConfig
 from ardist.diffusion.ad import ADSchedule
 from ardist.diffusion.ddim import ddim_step, guide
 from ardist.diffusion.noise import NoiseSchedule
 from ardist.inference.conditions import Conditions
-from ardist.inference.kv_cache import KVCache
+from ardist.inference.kv_cache import KVCache, RowPlan
 from ardist.models.denoiser import Denoiser
 
 
@@ -125,13 +126,12 @@ def cached_rows(run: Run, window: int | None) -> Iterator[list[FinalFrame]]:
     Yields after each row the frames that became final in it. Only the active frames' latents are kept.
     """
     caller = _CachedCalls(run, window)
-    schedule, prefix_frames = run.schedule, run.schedule.num_prefix_frames
-    start = 0
+    schedule = run.schedule
     # A prefix longer than the window enters in pieces, so that memory stays bounded by the window.
-    while prefix_frames - start > caller.piece:
-        steps_done = torch.full((caller.piece,), schedule.num_steps, device=run.device)
-        caller.x0(run.prefix[:, start : start + caller.piece], steps_done, start, num_final=caller.piece)
-        start += caller.piece
+    for first, last in schedule.prefix_ranges:
+        steps_done = torch.full((last - first,), schedule.num_steps, device=run.device)
+        caller.x0(run.prefix[:, first:last], steps_done, first, num_final=last - first)
+    start = schedule.evaluated_range(1)[0]
     latents = run.prefix[:, start:]
     for row in range(1, schedule.num_rows + 1):
         active_start, stop = schedule.active_range(row)
@@ -147,20 +147,34 @@ def cached_rows(run: Run, window: int | None) -> Iterator[list[FinalFrame]]:
         yield [FinalFrame(index, latents[:, index - start].clone()) for index in run.finished(row)]
 
 
+def count_cached_programs(config: DenoiserConfig, schedule: ADSchedule) -> int:
+    """Different attention masks and shapes of one run of `cached_rows`: what a backend that compiles each has to."""
+    window = schedule.window or schedule.num_frames
+    calls = [(start, stop, stop - start) for start, stop in schedule.prefix_ranges]
+    for row in range(1, schedule.num_rows + 1):
+        start, stop = schedule.evaluated_range(row)
+        calls.append((start, stop, schedule.active_range(row)[0] - start))
+    plans = (RowPlan.of(config, window, *call) for call in calls)
+    programs = {(plan.layout, plan.passes_through) for plan in plans}
+    return len(programs) + (config.context_tokens > 0)  # the context runs once, alone
+
+
 class _CachedCalls:
     """Network calls through one cache, with what all of them share computed once."""
 
     def __init__(self, run: Run, window: int | None) -> None:
         schedule, conditions, denoiser = run.schedule, run.conditions, run.denoiser
-        prefix_frames = schedule.num_prefix_frames
-        self.piece = prefix_frames if window is None else window
         self._run = run
-        first_active = schedule.active_range(1)[1] - prefix_frames
+        first_start, first_stop = schedule.evaluated_range(1)
         self._cache = KVCache(
             denoiser.config,
             conditions.num_copies * conditions.batch_size,
             schedule.num_frames,
-            max(schedule.max_active_frames + 1, first_active + min(self.piece, prefix_frames)),
+            max(
+                schedule.max_active_frames + 1,
+                first_stop - first_start,
+                *(stop - start for start, stop in schedule.prefix_ranges),
+            ),
             window,
             run.device,
             denoiser.input.weight.dtype,

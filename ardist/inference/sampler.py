@@ -22,7 +22,8 @@ from ardist.diffusion.counter_rng import Purpose, normal
 from ardist.diffusion.noise import TARGETS, NoiseSchedule
 from ardist.errors import InvalidValueError, choose
 from ardist.inference.conditions import Conditions
-from ardist.inference.rows import FinalFrame, Levels, Run, cached_rows, recomputed_rows
+from ardist.inference.rows import FinalFrame, Levels, Run, cached_rows, count_cached_programs, recomputed_rows
+from ardist.models.attention.flex import COMPILED_LAYOUTS
 from ardist.models.denoiser import Denoiser
 from ardist.models.parallelize import parallelize
 
@@ -176,6 +177,7 @@ class ADSampler:
             prefix.shape[1],
         )
         self._check_positions(schedule)
+        self._check_programs(schedule)
         if noise is not None:
             noise = self._latents("noise", noise, conditions.batch_size, num_frames)
         if generator is not None:
@@ -243,6 +245,18 @@ class ADSampler:
             raise InvalidValueError(
                 f"{reach} frames do not fit the denoiser's sincos table; legal: at most {config.max_frames}, "
                 f"or window_kind='recompute' with a window of at most {config.max_frames}"
+            )
+
+    def _check_programs(self, schedule: ADSchedule) -> None:
+        """FlexAttention compiles each mask of a run; what is beyond the compiler's limit is refused before the run."""
+        if self.denoiser.config.attention_backend != "flex" or self.window_kind != "rolling":
+            return
+        count = count_cached_programs(self.denoiser.config, schedule)
+        if count > COMPILED_LAYOUTS:
+            raise InvalidValueError(
+                f"{schedule.num_frames} frames with difference={schedule.difference} have {count} different attention "
+                f"masks, and FlexAttention compiles at most {COMPILED_LAYOUTS}; "
+                "legal: attention_backend auto, sdpa or flash, a smaller window, or fewer frames"
             )
 
 

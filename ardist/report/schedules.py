@@ -32,7 +32,8 @@ def schedule_table(schedule: ADSchedule) -> Table:
     rows, first = schedule.num_rows, schedule.first_frame_row
     evaluations, useful = schedule.num_frame_evaluations, schedule.num_generated_frames * schedule.num_steps
     window = min(schedule.num_frames, schedule.window or schedule.num_frames)
-    until_first = sum(end - start for start, end in map(schedule.evaluated_range, range(1, first + 1)))
+    ranges = (*schedule.prefix_ranges, *map(schedule.evaluated_range, range(1, first + 1)))
+    until_first = sum(end - start for start, end in ranges)
     pace = {0: "all frames together", 1: "then one frame in every row"}.get(
         schedule.difference, f"then one frame every {schedule.difference} rows"
     )
@@ -45,6 +46,9 @@ def schedule_table(schedule: ADSchedule) -> Table:
     table.add_column("note", style="dim")
     if schedule.num_prefix_frames:
         table.add_row("given frames", f"{schedule.num_prefix_frames:,}", "count as final from the start")
+    if schedule.prefix_ranges:
+        note = "network calls for the prefix, which is longer than the window"
+        table.add_row("before the first row", f"{len(schedule.prefix_ranges):,}", note)
     table.add_row("rows", f"{rows:,}", "network calls; with guidance each is of twice the batch")
     table.add_row("active frames per row", f"{schedule.max_active_frames:,}", "at most")
     table.add_row("frame evaluations", f"{evaluations:,}", f"{evaluations / useful:.2f}x the {useful:,} that denoise")

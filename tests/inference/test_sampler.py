@@ -13,11 +13,15 @@ import torch
 from sampler_cases import plain_sample, random_denoiser
 from torch import Tensor
 
+from ardist.diffusion.ad import ADSchedule
 from ardist.diffusion.counter_rng import Purpose, normal
 from ardist.diffusion.noise import NoiseSchedule
 from ardist.errors import InvalidValueError
+from ardist.inference.kv_cache import KVCache
+from ardist.inference.rows import count_cached_programs
 from ardist.inference.sampler import ADSampler, Progress
-from ardist.models.denoiser import Denoiser
+from ardist.models.attention import AttentionLayout, attention, sdpa
+from ardist.models.denoiser import Denoiser, block
 
 NOISE = NoiseSchedule.create()
 CONTEXT: dict[str, Any] = {"context_tokens": 5, "context_dim": 6}
@@ -60,6 +64,28 @@ def test_cached_equals_uncached(changes: dict[str, Any], difference: int, frames
     sampler = ADSampler(denoiser, NOISE, window=window)
     actual = sampler.sample(frames, num_inference_steps=5, difference=difference, batch_size=2, **arguments)
     torch.testing.assert_close(actual, expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("difference", [0, 2])
+def test_cached_equals_uncached_where_attention_runs_in_chunks(
+    difference: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Frames of so many tokens that one call of the attention kernel does not hold all frames of a row."""
+    layouts: list[AttentionLayout] = []
+    begin_row = KVCache.begin_row
+
+    def recorded(cache: KVCache, start: int, stop: int, num_final: int) -> AttentionLayout:
+        layouts.append(begin_row(cache, start, stop, num_final))
+        return layouts[-1]
+
+    monkeypatch.setattr(KVCache, "begin_row", recorded)
+    slow, fast = (random_denoiser(tokens_per_frame=32, attention_backend=name) for name in ("reference", "sdpa"))
+    expected = plain_sample(slow, 20, 5, difference, window=5)
+    actual = ADSampler(fast, NOISE, window=5).sample(20, num_inference_steps=5, difference=difference)
+    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-5)
+    chunked = [layout for layout in layouts if len(sdpa.plan(sdpa.CHUNK_TOKENS_INFERENCE, layout)) > 1]
+    assert chunked, "every row fitted in one call"
+    assert difference == 0 or any(layout.query_frames[0] > 0 for layout in chunked), "no such row read the cache"
 
 
 @pytest.mark.parametrize("difference", [0, 3, 5])
@@ -139,7 +165,8 @@ def test_continuation_equals_uncached(difference: int, given: int, window: int |
     sampler = ADSampler(denoiser, NOISE, window=window)
     actual = sampler.sample(given + 4, num_inference_steps=5, difference=difference, **arguments)
     torch.testing.assert_close(actual, expected, rtol=0, atol=1e-5)
-    assert torch.equal(actual[:, :given], prefix)
+    streamed = sampler.stream(given + 4, num_inference_steps=5, difference=difference, **arguments)
+    assert [frame.index for frame in streamed] == list(range(given, given + 4))
 
 
 @pytest.mark.parametrize("window_kind", ["rolling", "recompute"])
@@ -283,10 +310,11 @@ def test_half_precision_follows_the_exact_video() -> None:
     assert ((rounded - exact).norm() / exact.norm()).item() < 0.05
 
 
+@pytest.mark.parametrize("window", [None, 2])
 @pytest.mark.parametrize("backend", ["reference", "sdpa", "flash"])
-def test_future_frames_never_reach_finished_ones(backend: str) -> None:
+def test_future_frames_never_reach_finished_ones(backend: str, window: int | None) -> None:
     """Perturbing the noise of frame k changes nothing before it: exactly 0, through the cache as well."""
-    sampler = ADSampler(random_denoiser(attention_backend=backend, **CONTEXT), NOISE)
+    sampler = ADSampler(random_denoiser(attention_backend=backend, **CONTEXT), NOISE, window=window)
     noise = torch.randn(1, 5, 3, 4, generator=torch.Generator().manual_seed(1))
     before = sampler.sample(5, num_inference_steps=5, difference=2, noise=noise)
     for frame in range(5):
@@ -295,6 +323,62 @@ def test_future_frames_never_reach_finished_ones(backend: str) -> None:
         difference = sampler.sample(5, num_inference_steps=5, difference=2, noise=changed) - before
         assert not difference[:, :frame].any()
         assert difference[:, frame:].abs().amax(dim=(0, 2, 3)).min() > 0
+
+
+def test_with_the_released_mask_future_frames_do_reach_finished_ones() -> None:
+    """The counter-example: through the context tokens the last frame's noise reaches all frames before it."""
+    sampler = ADSampler(random_denoiser(mask="released", **CONTEXT), NOISE)
+    assert sampler.window_kind == "recompute"
+    noise = torch.randn(1, 5, 3, 4, generator=torch.Generator().manual_seed(1))
+    before = sampler.sample(5, num_inference_steps=5, difference=2, noise=noise)
+    noise[:, 4] += 1
+    difference = sampler.sample(5, num_inference_steps=5, difference=2, noise=noise) - before
+    assert difference.abs().amax(dim=(0, 2, 3)).min() > 0
+
+
+@pytest.mark.parametrize(
+    ("changes", "frames", "steps", "difference", "window", "given"),
+    [
+        ({}, 7, 5, 2, None, 0),
+        ({}, 9, 5, 1, 3, 0),
+        ({}, 6, 4, 4, 1, 0),
+        ({}, 9, 2, 0, None, 3),
+        (CONTEXT, 12, 5, 2, 3, 8),
+    ],
+)
+def test_programs_of_a_run_are_counted(
+    changes: dict[str, Any],
+    frames: int,
+    steps: int,
+    difference: int,
+    window: int | None,
+    given: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A kernel that is compiled for each mask and each shape of its inputs is compiled as often as predicted."""
+    programs: set[tuple[Any, ...]] = set()
+
+    def recorded(q: Tensor, k: Tensor, v: Tensor, layout: AttentionLayout, backend: str) -> Tensor:
+        programs.add((layout.relative(), q.shape, k.shape, k.stride(), v.stride()))
+        return attention(q, k, v, layout, backend)
+
+    monkeypatch.setattr(block, "attention", recorded)
+    denoiser = random_denoiser(**changes)
+    prefix = torch.randn(1, given, 3, 4) if given else None
+    sampler = ADSampler(denoiser, NOISE, window=window)
+    sampler.sample(frames, num_inference_steps=steps, difference=difference, prefix=prefix)
+    schedule = ADSchedule(frames, steps, difference, window, num_prefix_frames=given)
+    assert count_cached_programs(denoiser.config, schedule) == len(programs)
+
+
+def test_more_masks_than_flex_compiles_are_refused_before_the_run() -> None:
+    denoiser = random_denoiser(attention_backend="flex")
+    with pytest.raises(InvalidValueError, match="have 127 different attention masks, .* at most 64; legal: .*sdpa"):
+        ADSampler(denoiser, NOISE).stream(64)
+    ADSampler(denoiser, NOISE).stream(32)  # 63 masks
+    ADSampler(denoiser, NOISE, window=16).stream(1000)
+    ADSampler(denoiser, NOISE, window=64, window_kind="recompute").stream(64)
+    ADSampler(random_denoiser(), NOISE).stream(64)
 
 
 @pytest.mark.parametrize(

@@ -55,6 +55,14 @@ def test_a_recompute_schedule_is_not_compared_with_itself() -> None:
     assert "2,000" in row_of(text, "frame evaluations")
 
 
+def test_calls_for_a_long_prefix_are_shown() -> None:
+    text = text_of(ADSchedule(30, 50, 5, window=4, num_prefix_frames=12))
+    assert "│        2 │ network calls for the prefix" in row_of(text, "before the first row")
+    # Twelve given frames once each, then 1 active frame in five rows, 2 in five, ... 10 in five.
+    assert f"{12 + 5 * sum(range(1, 11))} frame evaluations" in row_of(text, "time to the first frame")
+    assert "before the first row" not in text_of(ADSchedule(30, 50, 5, window=4, num_prefix_frames=4))
+
+
 def pixels(path: Path) -> np.ndarray:
     with Image.open(path) as image:
         assert image.format == "PNG"
