@@ -102,7 +102,7 @@ def test_a_machine_cut_off_is_named_and_the_rest_goes_on(pair: Pair, tmp_path: P
     [row] = goodput.restarts(goodput.read(tmp_path / "run"))
     assert row["cause"] == "cut off"
     assert "machine 10.77.0.2 gave no sign of life" in row["detail"]
-    assert 4 <= row["detect_seconds"] < 8
+    assert 4 <= row["detect_seconds"] < 30
     assert "this attempt runs on 1 of 2 machines: 10.77.0.1 slots=1" in output
     history = [int(line) for line in (tmp_path / "run" / "history").read_text().split()]
     assert history[-1] == 400

@@ -46,7 +46,7 @@ def test_training_goes_on_without_the_machine_that_was_cut_off(tmp_path: Path, e
     [row] = goodput.restarts(goodput.read(tmp_path / "the run"))
     assert (row["cause"], row["lost_steps"] <= 6) == ("cut off", True), row
     assert "machine 10.77.0.2 gave no sign of life" in row["detail"]
-    assert row["detect_seconds"] < 10
+    assert row["detect_seconds"] < 40
     alone = [str(SCRIPT), "--launcher", "plain", "--ranks", "1", str(config), f"run_dir={plain}"]
     subprocess.run(alone, check=True, timeout=300, capture_output=True)
     resumed = goodput.read(tmp_path / "the run")[-2]["resumed_step"]
