@@ -17,7 +17,7 @@ from ardist.inference.bundle import Bundle, load_bundle
 from ardist.inference.context_file import read_context
 from ardist.inference.sampler import ADSampler
 from ardist.inference.sampler import Progress as RowProgress
-from ardist.inference.video_io import Mp4Writer, read_frames
+from ardist.inference.video_io import Mp4Writer, check_fps, read_frames
 from ardist.log import console
 
 MAX_BATCH = 8
@@ -73,6 +73,9 @@ def sample_to_file(
         raise InvalidValueError(f"num_videos={num_videos} is illegal; legal: at least 1")
     if out.suffix.lower() != ".mp4":
         raise InvalidValueError(f"out={str(out)!r} is illegal; legal: a name that ends in .mp4")
+    if prefix_frames is not None and prefix is None:
+        raise InvalidValueError(f"prefix_frames={prefix_frames} is illegal without a prefix; legal: with one, or None")
+    rate = None if fps is None else check_fps(fps)
     place = _device(device)
     if dtype is None:
         dtype = "bfloat16" if place.type == "cuda" else "float32"
@@ -87,7 +90,6 @@ def sample_to_file(
     told = None if context is None else read_context(context, opened.denoiser.config, num_videos)
     sampler = opened.sampler(window=window, window_kind=window_kind, compile=compile)
     frames = defaults.num_frames if num_frames is None else num_frames
-    rate = defaults.fps if fps is None else fps
     steps = defaults.num_inference_steps if num_inference_steps is None else num_inference_steps
     given = None if prefix is None else _encode_prefix(opened, sampler, prefix, frames, prefix_frames)
     scale = defaults.guidance_scale if guidance_scale is None else guidance_scale
@@ -112,7 +114,7 @@ def sample_to_file(
             )
             if not stream:
                 latents = iter([torch.cat(list(latents), dim=1)])
-            _write(opened, latents, [paths[number] for number in chosen], rate)
+            _write(opened, latents, [paths[number] for number in chosen], rate or defaults.fps)
     return paths
 
 
@@ -124,9 +126,11 @@ def _latents(
     **arguments: object,
 ) -> Iterator[Float[Tensor, "b f l c"]]:
     """The prefix, then each frame as it becomes final, as pieces [b f l c]."""
+    # What is illegal is refused here, before the prefix is decoded and written.
+    frames = sampler.stream(num_frames, prefix=prefix, progress=bar.update, **arguments)  # type: ignore[arg-type]
     if prefix is not None:
         yield prefix.float()
-    for frame in sampler.stream(num_frames, prefix=prefix, progress=bar.update, **arguments):  # type: ignore[arg-type]
+    for frame in frames:
         yield frame.latents[:, None]
 
 
@@ -155,6 +159,11 @@ def _encode_prefix(
         raise InvalidValueError(f"prefix_frames={prefix_frames} is illegal; legal: 1 to {num_frames - 1}")
     size = bundle.ar_vae.config.image_size
     frames = torch.from_numpy(read_frames(path, size, limit if prefix_frames is None else prefix_frames, last=True))
+    if prefix_frames is not None and len(frames) < prefix_frames:
+        raise InvalidValueError(
+            f"prefix_frames={prefix_frames} is illegal: {str(path)!r} has {len(frames)} frames; "
+            f"legal: 1 to {len(frames)}"
+        )
     pixels = frames.permute(0, 3, 1, 2)[None].to(bundle.device).float() / 255
     latents: Tensor = bundle.ar_vae.encode(pixels)
     return latents

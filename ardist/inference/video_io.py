@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import secrets
 import subprocess
@@ -30,6 +31,13 @@ _STDERR_CHARACTERS = 2000
 _CLOSE_TIMEOUT = 600
 
 
+def check_fps(fps: float | int) -> float | int:
+    """`fps`, frames per second, if a video can have it; raises `InvalidValueError` otherwise."""
+    if not 0 < fps < math.inf:
+        raise InvalidValueError(f"fps={fps} is illegal; legal: above 0, and finite")
+    return fps
+
+
 class Mp4Writer:
     """Writes frames to an H.264 mp4 as they come; the file appears under its name only when it is complete.
 
@@ -37,10 +45,8 @@ class Mp4Writer:
     """
 
     def __init__(self, path: Path, fps: float | int) -> None:
-        if fps <= 0:
-            raise InvalidValueError(f"fps={fps} is illegal; legal: above 0")
         self.path = Path(path)
-        self._fps = fps
+        self._fps = check_fps(fps)
         self._temporary = self.path.with_name(f".{self.path.name}.tmp-{secrets.token_hex(4)}.mp4")
         self._process: subprocess.Popen[bytes] | None = None
         self._stderr: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 (closed in __exit__)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import shutil
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
@@ -13,6 +15,8 @@ from PIL import Image
 
 from ardist import command_line
 from ardist.cli import app
+from ardist.inference import sample
+from ardist.inference.sample import sample_to_file
 from ardist.models.weights import is_bundle
 
 
@@ -46,6 +50,50 @@ def test_every_option_reaches_the_sampler(bundle: Path, tmp_path: Path) -> None:
     assert {path.name: frames_of(path) for path in tmp_path.glob("*.mp4")} == {"b-0.mp4": 6, "b-1.mp4": 6}
 
 
+def test_every_option_is_handed_on_as_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    start, tokens, out = tmp_path / "start.png", tmp_path / "tokens.npy", tmp_path / "c.mp4"
+    start.touch()
+    tokens.touch()
+    options: dict[str, tuple[str, object]] = {
+        "num_frames": ("--frames", 6),
+        "difference": ("--difference", 3),
+        "num_inference_steps": ("--steps", 10),
+        "window": ("--window", 5),
+        "window_kind": ("--window-kind", "recompute"),
+        "prefix": ("--prefix", start),
+        "prefix_frames": ("--prefix-frames", 4),
+        "class_id": ("--class-id", 2),
+        "context": ("--context", tokens),
+        "guidance_scale": ("--guidance-scale", 2.5),
+        "seed": ("--seed", 7),
+        "num_videos": ("--num-videos", 9),
+        "fps": ("--fps", 12.5),
+        "device": ("--device", "cuda:1"),
+        "dtype": ("--dtype", "float16"),
+    }
+    keywords = inspect.signature(sample_to_file).parameters.values()
+    defaults = {keyword.name: keyword.default for keyword in keywords if keyword.kind is keyword.KEYWORD_ONLY}
+    received: list[dict[str, Any]] = []
+
+    def recorded(*places: Path, **settings: Any) -> list[Path]:
+        received.append({"places": places, **settings})
+        return [out]
+
+    monkeypatch.setattr(sample, "sample_to_file", recorded)
+    words = [word for option in options.values() for word in option]
+    places = {"places": (Path("some/bundle"), out)}
+    line = ["sample", "--bundle", "some/bundle", "--out", out]
+    assert ardist(*line, *words, "--stream", "--raw", "--compile") == 0
+    told = {name: value for name, (_, value) in options.items()}
+    assert received.pop() == places | told | {"stream": True, "weights": "raw", "compile": True}
+    assert set(told) | {"stream", "weights", "compile"} == set(defaults)
+    assert "".join(capsys.readouterr()).count("wrote") == 1
+    assert ardist(*line) == 0
+    assert received.pop() == places | defaults
+
+
 @pytest.mark.parametrize(
     ("words", "code", "shown"),
     [
@@ -54,7 +102,10 @@ def test_every_option_reaches_the_sampler(bundle: Path, tmp_path: Path) -> None:
         (["--window", 0], 2, "--window"),
         (["--window-kind", "round"], 2, "rolling, recompute"),
         (["--difference", 6], 2, "6"),
-        (["--fps", 0], 2, "fps"),
+        (["--fps", 0], 2, "fps=0"),
+        (["--fps", "nan"], 2, "fps=nan"),
+        (["--fps", "inf"], 2, "fps=inf"),
+        (["--prefix-frames", 2], 2, "without a prefix"),
         (["--class-id", 9], 2, "9"),
         (["--prefix", "absent.png"], 2, "absent.png"),
         (["--context", "absent.npy"], 2, "absent.npy"),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +13,13 @@ import torch
 from bundle_cases import make_ar_vae, make_bundle
 from numpy.typing import NDArray
 from PIL import Image
+from rich.console import Console
 
-from ardist.errors import ArdistError
+from ardist.errors import ArdistError, InvalidValueError
+from ardist.inference import sample
 from ardist.inference.bundle import Bundle, load_bundle
 from ardist.inference.sample import sample_to_file
-from ardist.inference.video_io import read_frames, write_mp4
+from ardist.inference.video_io import Mp4Writer, read_frames, write_mp4
 
 
 @pytest.fixture(scope="module")
@@ -99,6 +103,44 @@ def test_a_prefix_is_where_the_video_starts(bundle: Path, tmp_path: Path, kind: 
     assert np.abs(first[:given] / 255 - coarse(expected)).mean() < 0.02
 
 
+def test_a_prefix_shorter_than_asked_for_is_refused(bundle: Path, tmp_path: Path) -> None:
+    prefix = tmp_path / "p.mp4"
+    write_mp4(prefix, np.random.default_rng(0).integers(0, 256, (3, 20, 24, 3), dtype=np.uint8))
+    request: dict[str, Any] = {"prefix": prefix, "num_frames": 6, "device": "cpu"}
+    with pytest.raises(InvalidValueError, match=r"prefix_frames=4 is illegal: '.*p\.mp4' has 3 frames; legal: 1 to 3"):
+        sample_to_file(bundle, tmp_path / "a.mp4", prefix_frames=4, **request)
+    assert not (tmp_path / "a.mp4").exists()
+    (path,) = sample_to_file(bundle, tmp_path / "a.mp4", prefix_frames=3, **request)
+    assert len(read_frames(path)) == 6
+
+
+def test_nothing_is_decoded_before_the_settings_are_known_to_be_legal(
+    bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prefix, written = tmp_path / "p.png", []
+    Image.fromarray(np.zeros((16, 16, 3), dtype=np.uint8)).save(prefix)
+    monkeypatch.setattr(Mp4Writer, "write", lambda writer, frames: written.append(len(frames)))
+    with pytest.raises(InvalidValueError, match="difference=6"):
+        sample_to_file(bundle, tmp_path / "a.mp4", prefix=prefix, difference=6, stream=True, device="cpu")
+    assert not written
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_progress_is_shown_on_a_terminal_only(
+    bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, terminal: bool
+) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    shown = io.StringIO()
+    monkeypatch.setattr(sample, "console", Console(file=shown, force_terminal=terminal, width=120, no_color=True))
+    sample_to_file(bundle, tmp_path / "a.mp4", num_videos=2, device="cpu")
+    last = re.findall(r"videos 0-1\D.*?(\d+)/(\d+) frames, (\d+\.\d\d) frames/s", shown.getvalue())[-1:]
+    if terminal:
+        assert [(done, total) for done, total, _ in last] == [("4", "4")]
+        assert float(last[0][2]) > 0
+    else:
+        assert not shown.getvalue().strip()
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
@@ -112,6 +154,8 @@ def test_a_prefix_is_where_the_video_starts(bundle: Path, tmp_path: Path, kind: 
         ({"difference": 9}, 2, "difference=9"),
         ({"prefix": Path("nothing.mp4")}, 3, "nothing.mp4"),
         ({"prefix_frames": 4, "prefix": Path("nothing.mp4")}, 2, "prefix_frames=4"),
+        ({"prefix_frames": 2}, 2, "prefix_frames=2 is illegal without a prefix"),
+        ({"fps": float("nan"), "bundle": Path("nothing")}, 2, "fps=nan"),
         ({"bundle": Path("nothing")}, 3, "no bundle"),
         ({"weights": "best"}, 2, "weights='best'"),
     ],

@@ -135,8 +135,9 @@ def test_an_interrupted_video_leaves_the_old_one(tmp_path: Path) -> None:
 def test_illegal_videos_are_refused(tmp_path: Path) -> None:
     with pytest.raises(InvalidValueError, match="no frame"):
         write_mp4(tmp_path / "a.mp4", gradient()[:0])
-    with pytest.raises(InvalidValueError, match="fps=0"):
-        write_mp4(tmp_path / "a.mp4", gradient(), 0)
+    for rate in (0, -1.0, float("nan"), float("inf")):
+        with pytest.raises(InvalidValueError, match=f"fps={rate} is illegal; legal: above 0"):
+            write_mp4(tmp_path / "a.mp4", gradient(), rate)
 
     def two_sizes() -> None:
         with Mp4Writer(tmp_path / "a.mp4", 8) as writer:
