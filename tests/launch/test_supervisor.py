@@ -103,8 +103,8 @@ def test_every_way_to_fail_is_named_and_healed(tmp_path: Path, what: str, cause:
     assert job.run() == 0
     [row] = job.rows
     assert (row["cause"], row["rank"], row["step"]) == (cause, 1, 7)
-    # A rank that stood still is woken to write its stacks and may reach the next checkpoint before it is killed.
-    assert row["lost_steps"] in ((2, 0) if cause == "stopped" else (2,))
+    # A rank that stood still is woken to write its stacks and may save the step that it is in before it is killed.
+    assert row["lost_steps"] in ((0, 1, 2) if cause == "stopped" else (2,))
     assert text in row["detail"]
     assert row["detect_seconds"] < 30, "long before the limit of what is not a step"
     assert row["restart_seconds"] is not None
