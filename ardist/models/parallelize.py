@@ -44,7 +44,8 @@ def parallelize(
 
     Args:
         activation_checkpointing: ``none``; ``selective`` keeps the results of matrix products and of attention, and
-            recomputes everything elementwise in the backward pass; ``full`` keeps the input of each block only.
+            recomputes everything elementwise in the backward pass, and attention too where the backend is ``flex``;
+            ``full`` keeps the input of each block only.
         compile: compile each block as one graph, and for cached inference the two halves around its attention call.
             All blocks share the compiled programs; another number of frames or clips does not recompile (see
             `dynamic`), except where attention is ``flex``, ``reference`` or, on a GPU, ``sdpa``: there the mask is a

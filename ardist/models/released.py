@@ -57,7 +57,8 @@ def convert_released_state_dict(published: Mapping[str, Tensor], config: Denoise
         config: the architecture they belong to (published checkpoints: ``preset("released-xl")``).
 
     Raises:
-        CheckpointError: a key is unknown, a part is missing, or the rotary frequencies are others than ours.
+        CheckpointError: a key is unknown, a part is missing, the class table has another number of rows than the
+            configuration, or the rotary frequencies are others than ours.
     """
     converted: dict[str, Tensor] = {}
     qk_norm: dict[tuple[str, str], dict[str, Tensor]] = {}
@@ -125,9 +126,10 @@ def _check_frequencies(key: str, value: Tensor) -> None:
 
 def _with_null_class(table: Tensor, config: DenoiserConfig) -> Tensor:
     """The published null id was that of class 0, so where the table has no row for it, class 0 stands in."""
-    classes = config.num_classes
-    if classes is None or len(table) not in (classes, classes + 1):
+    classes, rows = config.num_classes, len(table)
+    if classes is None or rows not in (classes, classes + 1):
         raise CheckpointError(
-            f"the class table has {len(table)} rows; legal for num_classes={classes}: num_classes or one more"
+            f"the class table has {rows} rows, which num_classes={classes} does not fit; "
+            f"legal: num_classes={rows - 1} (the last row is for no class) or {rows} (class 0 stands for none)"
         )
-    return table if len(table) == classes + 1 else torch.cat([table, table[:1]])
+    return table if rows == classes + 1 else torch.cat([table, table[:1]])

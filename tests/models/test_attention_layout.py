@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
+import jaxtyping
 import pytest
 import torch
 from attention_cases import layouts, literal_mask
@@ -11,6 +14,14 @@ from hypothesis import strategies as st
 from ardist.errors import InvalidValueError
 from ardist.models.attention import AttentionLayout
 from ardist.models.attention.layout import _sum_of_clipped
+
+
+@pytest.fixture
+def unchecked() -> Iterator[None]:
+    """Past the type annotations, which these tests check at run time and the product does not."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 @given(layouts())
@@ -107,3 +118,10 @@ def test_relative_layout_is_the_same_mask_and_keys_are_values(layout: AttentionL
     assert torch.equal(relative.dense_mask(), layout.dense_mask())
     assert relative.num_pairs() == layout.num_pairs()
     assert AttentionLayout.from_key(layout.key()) == layout
+
+
+@pytest.mark.parametrize("window", [2.5, 2.0, True])
+@pytest.mark.usefixtures("unchecked")
+def test_a_window_that_is_no_integer_is_refused(window: float) -> None:
+    with pytest.raises(InvalidValueError, match=f"window={window} is illegal; legal: an integer"):
+        AttentionLayout.training(4, 2, window=window)  # type: ignore[arg-type]

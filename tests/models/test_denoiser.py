@@ -206,7 +206,6 @@ def test_sincos_table_bounds_the_frames() -> None:
         ({"class_ids": torch.tensor([-1, 0])}, "class id -1"),
         ({"window": 4}, "window=4 is illegal; legal: 1 to 3, as configured"),
         ({"window": 0}, "window=0 is illegal; legal: 1 to 3"),
-        ({"context_dropped": torch.tensor([True])}, r"context_dropped of shape \(1,\).*legal: shape \(2,\), bool"),
         ({"law": "fop"}, "did you mean 'fopp'"),
     ],
 )
@@ -227,6 +226,8 @@ def test_every_call_refuses_what_is_out_of_range(change: dict[str, Any], message
         ({"latents": torch.zeros(2, 5, 3, 4, dtype=torch.int64)}, "latents of type .*int64 .* legal: a floating"),
         ({"context": torch.zeros(2, 5, 6, dtype=torch.int64)}, "context of .*int64 .* legal: .* floating"),
         ({"context_dropped": torch.zeros(2)}, "context_dropped of .*float32 .* legal: .* bool"),
+        ({"context_dropped": torch.tensor([True])}, r"context_dropped of shape \(1,\).*legal: shape \(2,\), bool"),
+        ({"window": 2.5}, r"window=2\.5 is illegal; legal: an integer"),
     ],
 )
 @pytest.mark.usefixtures("unchecked")

@@ -16,6 +16,7 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
+from ardist.diffusion.ad import check_integer
 from ardist.errors import InvalidValueError, choose
 
 MaskKind = Literal["strict", "released", "bidirectional"]
@@ -68,8 +69,10 @@ class AttentionLayout:
                 raise InvalidValueError(
                     f"{name}={(start, stop)} is illegal; legal: (start, stop) with 0 <= start <= stop"
                 )
-        if self.window is not None and self.window < 1:
-            raise InvalidValueError(f"window={self.window} is illegal; legal: at least 1, or None for no window")
+        if self.window is not None:
+            check_integer("window", self.window)
+            if self.window < 1:
+                raise InvalidValueError(f"window={self.window} is illegal; legal: at least 1, or None for no window")
         if self.window is not None and self.kind == "bidirectional":
             raise InvalidValueError(f"window={self.window} is illegal with kind='bidirectional'; legal: None")
         if self.num_query_frames and not (

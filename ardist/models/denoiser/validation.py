@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ardist.config.denoiser import DenoiserConfig
+from ardist.diffusion.ad import check_integer
 from ardist.diffusion.fopp import check_timesteps
 from ardist.errors import InvalidValueError
 
@@ -106,6 +107,7 @@ def check_condition_shapes(
 
 def check_window(config: DenoiserConfig, window: int) -> None:
     """A call may narrow the band that the network was trained with, never widen it; raises `InvalidValueError`."""
+    check_integer("window", window)
     if config.mask == "bidirectional":
         raise InvalidValueError(f"window={window} is illegal with mask 'bidirectional'; legal: None")
     if window < 1 or (config.window is not None and window > config.window):
