@@ -377,7 +377,7 @@ def test_more_masks_than_flex_compiles_are_refused_before_the_run() -> None:
         ADSampler(denoiser, NOISE).stream(64)
     ADSampler(denoiser, NOISE).stream(32)  # 63 masks
     ADSampler(denoiser, NOISE, window=16).stream(1000)
-    ADSampler(denoiser, NOISE, window=64, window_kind="recompute").stream(64)
+    ADSampler(denoiser, NOISE, window=70, window_kind="recompute").stream(200)  # one
     ADSampler(random_denoiser(), NOISE).stream(64)
 
 
