@@ -6,7 +6,8 @@
 Per shape: the median time of the forward pass and of forward plus backward, the ratio to the dense mask (above 1 is
 faster), TFLOP/s, and the largest difference of the outputs. FLOPs are those the mask allows, so skipping forbidden
 pairs shows as speed: 4 x head dimension per pair and head forward, twice that backward. Candidates take turns within
-each round, so that a change of the machine's pace meets all of them.
+each round, so that a change of the machine's pace meets all of them. A candidate that fails (no memory, a shape it does
+not do) has the reason in its row, and the others go on.
 """
 
 from __future__ import annotations
@@ -20,18 +21,22 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from torch import Tensor
 
+from ardist.errors import InvalidValueError
 from ardist.models.attention import AttentionLayout, attention, available_backends
 from ardist.models.attention.flash import KERNELS
 from ardist.models.attention.merging import block_causal
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -69,22 +74,25 @@ BASELINE = "dense mask"
 
 @dataclass
 class Result:
-    """One row: times in milliseconds, None where the candidate does not do it."""
+    """One row: times in milliseconds, None where the candidate does not do it or, as `failure` says, could not."""
 
     shape: str
     candidate: str
-    forward_ms: float
-    both_ms: float | None
-    forward_tflops: float
-    both_tflops: float | None
-    difference: float
+    forward_ms: float | None = None
+    both_ms: float | None = None
+    forward_tflops: float | None = None
+    both_tflops: float | None = None
+    difference: float | None = None
+    failure: str | None = None
 
 
 def candidates(shape: Shape, device: torch.device, dtype: torch.dtype) -> dict[str, Attend]:
     """What is timed: the dense mask first, then every backend and every flash kernel that works here."""
     layout = shape.layout
-    mask = layout.dense_mask(device)
-    found: dict[str, Attend] = {BASELINE: lambda q, k, v: F.scaled_dot_product_attention(q, k, v, attn_mask=mask)}
+    mask = functools.cache(layout.dense_mask)
+    found: dict[str, Attend] = {
+        BASELINE: lambda q, k, v: F.scaled_dot_product_attention(q, k, v, attn_mask=mask(device))
+    }
     for name, reason in available_backends(device, dtype, shape.head_dim).items():
         if reason is not None or name in ("reference", "flash"):
             continue
@@ -125,31 +133,69 @@ def measure(shape_name: str, shape: Shape, device: torch.device, dtype: torch.dt
         return torch.autograd.grad(attend(q, k, v), (q, k, v), grad)
 
     attends = candidates(shape, device, dtype)
-    forward_times: dict[str, list[float]] = {candidate: [] for candidate in attends}
-    both_times: dict[str, list[float]] = {
-        candidate: [] for candidate in attends if candidate != "flex" or device.type == "cuda"
+    passes: dict[str, Callable[[Attend], object]] = {"forward": forward, "both": both}
+    times: dict[tuple[str, str], list[float]] = {
+        (candidate, name): []
+        for name in passes
+        for candidate in attends
+        if name == "forward" or candidate != "flex" or device.type == "cuda"
     }
-    expected = forward(attends[BASELINE]).float()
-    differences = {
-        candidate: float((forward(attend).float() - expected).abs().max()) for candidate, attend in attends.items()
-    }
+    failures: dict[tuple[str, str], str] = {}
+
+    def attempt(candidate: str, name: str, run: Callable[[Attend], T]) -> T | None:
+        """What `run` returns; None where this pass of the candidate fails or has failed, with the reason noted."""
+        if (candidate, name) in failures:
+            return None
+        try:
+            return run(attends[candidate])
+        except (torch.cuda.OutOfMemoryError, RuntimeError, InvalidValueError) as problem:
+            reason = (str(problem).splitlines() or ["no message"])[0]
+            failures[candidate, name] = f"{name}: {type(problem).__name__}: {reason}"
+            return None
+
+    def timed(run: Callable[[Attend], object], attend: Attend) -> float:
+        return milliseconds(functools.partial(run, attend), device)
+
+    def distance(attend: Attend) -> float | None:
+        return None if expected is None else float((forward(attend).float() - expected).abs().max())
+
+    expected = attempt(BASELINE, "forward", lambda attend: forward(attend).float())
+    differences = {candidate: attempt(candidate, "forward", distance) for candidate in attends}
     for turn in range(repeats + 2):
-        for candidate, attend in attends.items():
-            taken = milliseconds(functools.partial(forward, attend), device)
-            if turn >= 2:
-                forward_times[candidate].append(taken)
-        for candidate in both_times:
-            taken = milliseconds(functools.partial(both, attends[candidate]), device)
-            if turn >= 2:
-                both_times[candidate].append(taken)
+        for (candidate, name), row in times.items():
+            taken = attempt(candidate, name, functools.partial(timed, passes[name]))
+            if taken is not None and turn >= 2:
+                row.append(taken)
     flops = 4.0 * layout.num_pairs() * shape.head_dim * shape.heads * shape.batch
     results = []
     for candidate in attends:
-        one = statistics.median(forward_times[candidate])
-        two = statistics.median(both_times[candidate]) if candidate in both_times else None
-        both_tflops = None if two is None else 3 * flops / two / 1e9
-        results.append(Result(shape_name, candidate, one, two, flops / one / 1e9, both_tflops, differences[candidate]))
+        one, two = (
+            statistics.median(times[candidate, name])
+            if times.get((candidate, name)) and (candidate, name) not in failures
+            else None
+            for name in passes
+        )
+        results.append(
+            Result(
+                shape_name,
+                candidate,
+                one,
+                two,
+                None if one is None else flops / one / 1e9,
+                None if two is None else 3 * flops / two / 1e9,
+                differences[candidate],
+                "; ".join(failures[candidate, name] for name in passes if (candidate, name) in failures) or None,
+            )
+        )
     return results
+
+
+def cells(milliseconds: float | None, baseline: float | None, tflops: float | None) -> tuple[str, str, str]:
+    """Time, ratio to the baseline and TFLOP/s as the table shows them; a dash for what there is not."""
+    if milliseconds is None:
+        return "-", "-", "-"
+    ratio = "-" if baseline is None else f"{baseline / milliseconds:.2f}"
+    return f"{milliseconds:.2f} ms", ratio, f"{tflops:.3g}"
 
 
 def main() -> None:
@@ -180,13 +226,10 @@ def main() -> None:
         pairs = shape.layout.num_pairs() / (shape.layout.num_queries * shape.layout.num_keys)
         label = f"{name}\n{shape.layout.num_queries}x{shape.layout.num_keys} d{shape.head_dim}\n{pairs:.0%} allowed"
         for result in results:
-            second = ("-", "-", "-")
-            if result.both_ms is not None and base.both_ms is not None:
-                ratio = base.both_ms / result.both_ms
-                second = (f"{result.both_ms:.2f} ms", f"{ratio:.2f}", f"{result.both_tflops:.3g}")
-            ratio = base.forward_ms / result.forward_ms
-            first = (f"{result.forward_ms:.2f} ms", f"{ratio:.2f}", f"{result.forward_tflops:.3g}")
-            table.add_row(label, result.candidate, *first, *second, f"{result.difference:.1e}")
+            first = cells(result.forward_ms, base.forward_ms, result.forward_tflops)
+            second = cells(result.both_ms, base.both_ms, result.both_tflops)
+            who = result.candidate if result.failure is None else f"{result.candidate}\n{escape(result.failure)}"
+            table.add_row(label, who, *first, *second, "-" if result.difference is None else f"{result.difference:.1e}")
             label = ""
         table.add_section()
     Console(width=120).print(table)

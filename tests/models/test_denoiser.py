@@ -227,6 +227,7 @@ def test_every_call_refuses_what_is_out_of_range(change: dict[str, Any], message
         ({"context": torch.zeros(2, 5, 6, dtype=torch.int64)}, "context of .*int64 .* legal: .* floating"),
         ({"context_dropped": torch.zeros(2)}, "context_dropped of .*float32 .* legal: .* bool"),
         ({"context_dropped": torch.tensor([True])}, r"context_dropped of shape \(1,\).*legal: shape \(2,\), bool"),
+        ({"window": 0.5}, r"window=0\.5 is illegal; legal: an integer"),
         ({"window": 2.5}, r"window=2\.5 is illegal; legal: an integer"),
     ],
 )
