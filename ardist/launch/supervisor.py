@@ -23,6 +23,9 @@ from ardist.training import goodput
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
 POLL_SECONDS = 0.1
 DEBOUNCE_SECONDS = 2.0
+LEAVING_SECONDS = 10.0
+"""Time that ranks have to leave by themselves when one was stopped before the first step."""
+
 _BLAME = ("cut off", "stopped", "died", "stuck", "error", "start")
 _log = logging.getLogger("ardist.launch")
 
@@ -132,6 +135,7 @@ class Supervisor:
 
     def _watch(self, attempt: Attempt, nodes: Sequence[Node]) -> int | Failure:
         watchdog = Watchdog(self._limits)
+        left_at: float | None = None
         while True:
             if (code := self._forward(nodes)) is not None:
                 return code
@@ -145,6 +149,12 @@ class Supervisor:
                 if self._signals and starting and not is_hopeless(failure):
                     return Preempted.exit_code  # asked to stop while it started: there is nothing new to save
                 return failure
+            if not attempt.steps and any(beat.exit_code == Preempted.exit_code for beat in beats):
+                # Who was asked to stop before the ranks had met leaves; the others wait for it and cannot hear.
+                left_at = left_at or time.monotonic()
+                if time.monotonic() - left_at > LEAVING_SECONDS:
+                    _log.warning("stopped on request while the ranks were starting; those that still wait are ended")
+                    return Preempted.exit_code
             codes = [state.exit_code for state in states]
             if None not in codes:
                 return max(code for code in codes if code is not None)

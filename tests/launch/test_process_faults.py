@@ -124,7 +124,8 @@ def to_us(job: TrainingJob, step: int, number: int) -> None:
     end = time.monotonic() + 60
     while time.monotonic() < end:
         beats = read_beats(job.nodes[0].scratch) if job.nodes else []
-        if beats and beats[0].step >= step:
+        # Before all ranks beat, a forked one may still have the signal handlers of this process.
+        if len(beats) == job.ranks and beats[0].step >= step:
             return os.kill(os.getpid(), number)
         time.sleep(0.01)
     return None

@@ -17,7 +17,7 @@ import psutil
 import pytest
 
 from ardist.config.launch import LaunchConfig
-from ardist.launch import engines, processes
+from ardist.launch import engines, processes, supervisor
 from ardist.launch.engines import Host, Placement, launches
 from ardist.launch.local import free_port
 from ardist.launch.nodes import LocalNode
@@ -171,6 +171,15 @@ def test_a_signal_to_one_rank_is_no_failure(tmp_path: Path) -> None:
     once_under_way(job, lambda: os.kill(read_beats(job.nodes[-1].scratch)[1].pid, signal.SIGTERM))
     assert job.run() == 75
     assert job.rows == []
+
+
+def test_a_rank_that_leaves_before_all_have_met_does_not_keep_the_others_waiting(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(supervisor, "LEAVING_SECONDS", 0.5)
+    job = Job(tmp_path)
+    job.fault(0, 0, "exit75")  # the other rank waits for it in its first step, which never ends
+    assert job.run() == 75
 
 
 def test_a_failure_after_a_signal_is_not_called_saved(tmp_path: Path) -> None:
