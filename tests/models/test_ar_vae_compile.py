@@ -27,6 +27,6 @@ for checkpointing in (False, True):
 
 @pytest.mark.slow
 def test_training_pass_is_one_graph() -> None:
-    """In a process of its own, because this session's shape checks wrap every annotated class in Python."""
+    """In a process of its own, because the shape checks of the tests wrap every annotated class in Python."""
     done = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stderr[-3000:]

@@ -18,7 +18,7 @@ def train(config: TrainConfig, path: Path) -> list[float]:
     """In a process of its own, because the shape checks of the tests wrap every annotated class in Python."""
     dump_config(config, path)
     command = [sys.executable, "-m", "ardist.training.main", str(path)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=550, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=1000, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     return losses(Path(config.run_dir))
 
