@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from ardist.data.loader import StreamingLoader
 from ardist.data.manifest import Manifest, fold_shards, write_manifest
 from ardist.data.sample import SampleInfo, sample_key
 from ardist.data.shard_writer import Sample, write_shard
@@ -67,3 +68,17 @@ def make_dataset(
     manifest = fold_shards(entries, **{**fields, **header})
     write_manifest(directory, manifest)
     return manifest
+
+
+def serve(loader: StreamingLoader, steps: int = 10) -> list[int]:
+    """The numbers of the samples of some steps, every value checked against the id it comes with; closes the loader."""
+    numbers = []
+    with loader:
+        for _ in range(steps):
+            batch = next(loader)
+            for value, bits in zip(batch.values, batch.sample_ids.tolist(), strict=True):
+                number = number_of(value)
+                assert key_of(number) == f"{bits & (2**64 - 1):016x}"
+                assert np.array_equal(value.numpy(), latent(number))
+                numbers.append(number)
+    return numbers

@@ -8,9 +8,8 @@ import os
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
-from dataset_factory import key_of, latent, make_dataset, number_of
+from dataset_factory import latent, make_dataset, number_of, serve
 from s3_servers import FaultProxy
 
 from ardist.config.data import DataConfig
@@ -36,19 +35,6 @@ def open_loader(path: Path | str, *, whole: bool = True, **options: Any) -> Stre
     loader = StreamingLoader(DataConfig(**{**fields, **options}), seed=3, global_batch_size=12)
     loader._whole_windows = [whole]
     return loader
-
-
-def serve(loader: StreamingLoader, steps: int = 10) -> list[int]:
-    numbers = []
-    with loader:
-        for _ in range(steps):
-            batch = next(loader)
-            for value, bits in zip(batch.values, batch.sample_ids.tolist(), strict=True):
-                number = number_of(value)
-                assert key_of(number) == f"{bits & (2**64 - 1):016x}"
-                assert np.array_equal(value.numpy(), latent(number))
-                numbers.append(number)
-    return numbers
 
 
 @pytest.fixture

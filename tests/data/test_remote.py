@@ -10,9 +10,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
-from dataset_factory import key_of, latent, make_dataset, number_of
+from dataset_factory import make_dataset, serve
 from s3_servers import FaultProxy
 
 from ardist.config.data import DataConfig
@@ -49,20 +48,6 @@ def open_loader(url: str | Path, cache: Path, *, rank: int = 0, world_size: int 
     settings = {"lanes": 4, "window": 10, "prefetch_bytes": 2**20, "cache_dir": str(cache), "max_bad_fraction": 1.0}
     config = DataConfig(path=str(url), **{**settings, **options})
     return StreamingLoader(config, seed=3, global_batch_size=12, rank=rank, world_size=world_size)
-
-
-def serve(loader: StreamingLoader, steps: int = 10) -> list[int]:
-    """Take some steps and check every value against the id it comes with."""
-    numbers = []
-    with loader:
-        for _ in range(steps):
-            batch = next(loader)
-            for value, bits in zip(batch.values, batch.sample_ids.tolist(), strict=True):
-                number = number_of(value)
-                assert key_of(number) == f"{bits & (2**64 - 1):016x}"
-                assert np.array_equal(value.numpy(), latent(number))
-                numbers.append(number)
-    return numbers
 
 
 def requests(proxy: FaultProxy, method: str = "GET") -> int:

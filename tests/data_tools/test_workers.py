@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 from dt_builds import build_small
+from dt_crashes import run_forked
 from dt_videos import make_video
 
 from ardist import fault
@@ -38,21 +39,6 @@ def videos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def alone(videos: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
     """Digest of the manifest that one worker makes."""
     return build_small(videos, tmp_path_factory.mktemp("alone") / "out", samples_per_shard=2).manifest.digest()
-
-
-def _start(function: Callable[[], Any], planned: str = "") -> int:
-    """Run a function in a forked child; returns its process number."""
-    child = os.fork()
-    if child == 0:
-        status = 1
-        try:
-            os.environ[fault.VARIABLE] = planned
-            fault._visits.clear()
-            function()
-            status = 0
-        finally:
-            os._exit(status)
-    return child
 
 
 def _authors(out: Path) -> set[str]:
@@ -99,7 +85,7 @@ def test_a_workers_error_reaches_the_user(videos: Path, tmp_path: Path, monkeypa
 def test_workers_end_with_the_coordinator(videos: Path, alone: str, tmp_path: Path) -> None:
     out = tmp_path / "out"
     options = {"samples_per_shard": 2, "workers": 2, "start_method": "fork", "pace": QUICK}
-    child = _start(lambda: build_small(videos, out, **options), "sleep@build.sample:30")
+    child = run_forked(lambda: build_small(videos, out, **options), "sleep@build.sample:30")
     deadline = time.monotonic() + 60
     while len(list((out / "leases").glob("0*"))) < 2:
         assert time.monotonic() < deadline
@@ -124,7 +110,7 @@ def _alive(pid: int) -> bool:
 def test_two_builders_at_once_share_the_work(videos: Path, alone: str, tmp_path: Path) -> None:
     out = tmp_path / "out"
     slow = "sleep@build.shard_started:0.2"
-    children = [_start(lambda: build_small(videos, out, samples_per_shard=2, pace=QUICK), slow) for _ in range(2)]
+    children = [run_forked(lambda: build_small(videos, out, samples_per_shard=2, pace=QUICK), slow) for _ in range(2)]
     assert [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children] == [0, 0]
     assert build_small(videos, out, samples_per_shard=2).manifest.digest() == alone
     assert len(_authors(out)) == 2
@@ -134,7 +120,7 @@ def test_two_builders_at_once_share_the_work(videos: Path, alone: str, tmp_path:
 def test_a_stopped_workers_late_commit_loses(videos: Path, alone: str, tmp_path: Path) -> None:
     """SIGSTOP just before the commit, beyond the lease; SIGCONT when the shard is long committed."""
     out = tmp_path / "out"
-    child = _start(lambda: build_small(videos, out, samples_per_shard=2, pace=QUICK), "stop@build.before_commit#1")
+    child = run_forked(lambda: build_small(videos, out, samples_per_shard=2, pace=QUICK), "stop@build.before_commit#1")
     assert os.WIFSTOPPED(os.waitpid(child, os.WUNTRACED)[1])
     summary = build_small(videos, out, samples_per_shard=2, pace=QUICK)
     assert summary.events["build.lease_taken_over"] == 1

@@ -107,6 +107,11 @@ def settings(run_dir: Path, data: Path, **changes: Any) -> dict[str, Any]:
         "tracking": {"wandb": "disabled"},
         "debug": {"log_sample_ids": True},
     }
+    return changed(values, changes)
+
+
+def changed(values: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """Set what `changes` names by dotted keys with ``__`` for the dot."""
     for dotted, value in changes.items():
         node = values
         *path, last = dotted.split("__")

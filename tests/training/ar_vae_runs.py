@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tiny import settings
+from tiny import changed, settings
 
 from ardist.config import TrainConfig
 from ardist.data.manifest import fold_shards, write_manifest
@@ -54,13 +54,7 @@ def ar_vae_settings(run_dir: Path, data: Path, **changes: Any) -> dict[str, Any]
     values = settings(run_dir, data)
     del values["denoiser"]
     values |= {"task": "ar_vae", "ar_vae": dict(MODEL), "ar_vae_loss": dict(ADVERSARY)}
-    for dotted, value in changes.items():
-        node = values
-        *path, last = dotted.split("__")
-        for part in path:
-            node = node.setdefault(part, {})
-        node[last] = value
-    return values
+    return changed(values, changes)
 
 
 def ar_vae_config(run_dir: Path, data: Path, **changes: Any) -> TrainConfig:
