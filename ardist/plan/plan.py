@@ -12,6 +12,7 @@ from ardist.config import TrainConfig, batch_layout
 from ardist.data.manifest import Manifest, load_manifest
 from ardist.errors import ArdistError, ConfigError, InvalidValueError
 from ardist.models.ar_vae import ARVAE
+from ardist.models.ar_vae.flops import ar_vae_flops
 from ardist.models.denoiser import Denoiser
 from ardist.models.flops import denoiser_flops
 from ardist.plan.activations import activation_bytes
@@ -47,7 +48,7 @@ class Plan:
     parameters: int
     num_frames: int
     tokens_per_clip: int
-    flops_per_clip: float | None
+    flops_per_clip: float
     micro_batch_size: int
     accumulation: int
     memory: dict[tuple[int, str], Memory]
@@ -102,13 +103,14 @@ def make_plan(
         for stage in STAGES
     }
     tokens, flops, sample_bytes = _clip(config, frames, manifest)
-    if flops is None:
-        notes.append("the FLOPs and the activations of an AR-VAE are not counted: its memory is the state's alone")
+    if config.task == "ar_vae":
+        notes.append("the activations of an AR-VAE are not counted: its memory is the state's alone")
+        notes.append("the FLOPs are those of the AR-VAE, without its losses and its discriminator")
     training = config.training
     clips = training.steps * training.global_batch_size
     peak = peak_flops(name, training.precision)
     speed = None
-    if flops is not None and peak is not None:
+    if peak is not None:
         rate = mfu * peak * gpus / flops
         speed = Speed(rate, rate * tokens, training.global_batch_size / rate, clips / rate / 86400, rate * sample_bytes)
     return Plan(
@@ -161,21 +163,24 @@ def _activations(config: TrainConfig, frames: int, micro: int) -> dict[str, int]
     return activation_bytes(config, frames, micro)
 
 
-def _clip(config: TrainConfig, frames: int, manifest: Manifest | None) -> tuple[int, float | None, int]:
+def _clip(config: TrainConfig, frames: int, manifest: Manifest | None) -> tuple[int, float, int]:
     """Tokens, FLOPs and stored bytes of a clip."""
     if config.task == "denoiser":
         assert config.denoiser is not None
         model = config.denoiser
         shape: tuple[int, ...] = (frames, model.tokens_per_frame, model.latent_channels)
-        tokens, flops, element = frames * model.tokens_per_frame, denoiser_flops(model, frames).training, 2
+        tokens, flops, element = frames * model.tokens_per_frame, float(denoiser_flops(model, frames).training), 2
     else:
         assert config.ar_vae is not None
         size = config.ar_vae.image_size
         shape, element = (frames, size, size, 3), 1
-        tokens, flops = frames * (size // config.ar_vae.patch_size) ** 2, None
+        trained = min(frames, config.augmentation.frames or frames)
+        tokens = trained * (size // config.ar_vae.patch_size) ** 2
+        choose = ARVAE.freeze_all_but_temporal if config.trainable == "temporal" else None
+        flops = ar_vae_flops(config.ar_vae, trained, (size, size), choose)
     if manifest is not None:
         shape, element = (frames, *manifest.shape[1:]), np.dtype(_NUMPY.get(manifest.dtype, manifest.dtype)).itemsize
-    return tokens, None if flops is None else float(flops), int(np.prod(shape)) * element
+    return tokens, flops, int(np.prod(shape)) * element
 
 
 _NUMPY = {"bfloat16": "uint16"}

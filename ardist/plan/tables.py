@@ -19,7 +19,7 @@ def _overview(plan: Plan) -> Table:
     table.add_column("note", style="dim")
     table.add_row("parameters", f"{plan.parameters:,}", f"checkpoint {size(plan.checkpoint_bytes)}")
     table.add_row("tokens per clip", f"{plan.tokens_per_clip:,}", f"{plan.num_frames} frames")
-    flops = "n/a" if plan.flops_per_clip is None else f"{plan.flops_per_clip / 1e12:.3g} TFLOP"
+    flops = f"{plan.flops_per_clip / 1e12:.3g} TFLOP"
     table.add_row("FLOPs per clip", flops, "forward and backward, recomputation not counted")
     batch = f"{plan.micro_batch_size} clips x {plan.accumulation} x {plan.gpus} ranks"
     table.add_row("global batch", f"{plan.micro_batch_size * plan.accumulation * plan.gpus:,} clips", batch)

@@ -68,9 +68,7 @@ class AutoencoderObjective:
 
     def _choose_trainable(self, model: ARVAE) -> None:
         if self.config.trainable == "temporal":
-            model.requires_grad_(False)
-            for parameter in model.temporal_parameters():
-                parameter.requires_grad_(True)
+            model.freeze_all_but_temporal()
 
     def prepare(self, batch: Batch) -> Inputs:
         """The pixels as they are stored, one byte each until their micro-batch's turn comes, and what is drawn."""

@@ -7,10 +7,12 @@ from typing import Any
 
 import pytest
 import torch
+from ar_vae_runs import ar_vae_config
 from rich.console import Console
-from tiny import settings, tiny_config, write_latents
+from tiny import settings, tiny_config, write_latents, write_pixels
 
 from ardist.config import TrainConfig
+from ardist.data.manifest import load_manifest
 from ardist.errors import ArdistError
 from ardist.models.denoiser import Denoiser
 from ardist.models.flops import denoiser_flops
@@ -18,6 +20,7 @@ from ardist.plan.activations import LiveBytes, activation_bytes, kept_bytes
 from ardist.plan.memory import memory_per_rank
 from ardist.plan.plan import count_parameters, make_plan
 from ardist.plan.tables import plan_tables, size
+from ardist.training.objectives_ar_vae import AutoencoderObjective
 
 
 @pytest.fixture(scope="module")
@@ -40,11 +43,22 @@ def test_counts_are_those_of_the_real_model(data: Path) -> None:
     assert plan.sample_bytes == 4 * 3 * 4 * 2
 
 
+@pytest.mark.parametrize("trainable", ["all", "temporal"])
+def test_an_autoencoders_work_is_what_its_trainer_counts(tmp_path: Path, trainable: str) -> None:
+    pixels = write_pixels(tmp_path / "pixels")
+    config = ar_vae_config(
+        tmp_path / "run", pixels, ar_vae__temporal=True, trainable=trainable, init_from=str(tmp_path / "stage-1")
+    )
+    counted = AutoencoderObjective(config, load_manifest(pixels), torch.device("cpu")).flops_per_clip
+    plan = make_plan(config)
+    assert plan.flops_per_clip == counted > 0
+    assert plan.tokens_per_clip > 0
+
+
 def test_rates_follow_from_peak_and_mfu(data: Path) -> None:
     config = config_of(data, training__steps=1000, training__precision="bf16")
     plan = make_plan(config, gpus=2, device="h200", mfu=0.5)
     assert plan.speed is not None
-    assert plan.flops_per_clip is not None
     rate = 2 * 0.5 * 989.4e12 / plan.flops_per_clip
     assert plan.speed.clips_per_second == pytest.approx(rate)
     assert plan.speed.days == pytest.approx(1000 * 8 / rate / 86400)

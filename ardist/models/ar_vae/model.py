@@ -141,6 +141,12 @@ class ARVAE(nn.Module):
         assert not incompatible.unexpected_keys
         return model
 
+    def freeze_all_but_temporal(self) -> None:
+        """Leave only the temporal blocks to be trained, as stage 2 does (METHOD section 5)."""
+        self.requires_grad_(False)
+        for parameter in self.temporal_parameters():
+            parameter.requires_grad_(True)
+
     def temporal_parameters(self) -> Iterator[nn.Parameter]:
         """The parameters that stage 2 trains."""
         return self.decoder.temporal.parameters()
