@@ -48,12 +48,16 @@ CASES = [
 
 
 def random_denoiser(name: str, device: str, dtype: torch.dtype) -> Denoiser:
-    """A denoiser in which no weight is zero, so that nothing is trivially fast or equal."""
+    """A denoiser in which no weight is zero and no activation saturates, so that nothing is trivially fast or equal."""
     torch.manual_seed(0)
     denoiser = Denoiser(preset(name))
     with torch.no_grad():
         for parameter in denoiser.parameters():
-            parameter.normal_(std=0.05)
+            noise = torch.randn_like(parameter)
+            if parameter.ndim > 1:
+                parameter.copy_(noise * parameter.shape[-1] ** -0.5)
+            else:
+                parameter.add_(noise, alpha=0.05)
     return denoiser.to(device, dtype).eval()
 
 

@@ -25,6 +25,7 @@ from ardist.inference.conditions import Conditions
 from ardist.inference.rows import FinalFrame, Levels, Run, cached_rows, count_cached_programs, recomputed_rows
 from ardist.models.attention.flex import COMPILED_LAYOUTS
 from ardist.models.denoiser import Denoiser
+from ardist.models.packed_linear import can_pack, pack_linears
 from ardist.models.parallelize import parallelize
 
 
@@ -46,7 +47,8 @@ class ADSampler:
     videos are in the batch (up to the rounding of matrix products of another size).
 
     Args:
-        denoiser: on the device and in the dtype to sample with. Latents are kept in fp32.
+        denoiser: on the device and in the dtype to sample with. Latents are kept in fp32. In fp32 on a CPU a run works
+            on a rearranged copy of its blocks' weights.
         noise_schedule: the one it was trained with.
         target: what it predicts: ``x0``, ``eps`` or ``v``.
         window: frames it looks at, at most; None: all frames of the video.
@@ -93,6 +95,7 @@ class ADSampler:
                 raise InvalidValueError(f"window={window} is illegal; legal: at most {config.window}, as trained")
             window = config.window if window is None else window
         self.denoiser = parallelize(_same_weights(denoiser), compile=True) if compile else denoiser
+        self._packs = not compile and can_pack(denoiser.input.weight)
         self.device = denoiser.input.weight.device
         self.noise_schedule = noise_schedule.to(self.device)
         self.target = target
@@ -183,7 +186,7 @@ class ADSampler:
         if generator is not None:
             seed = int(torch.randint(0, 2**63 - 1, (), generator=generator, device=generator.device))
         run = Run(
-            self.denoiser,
+            _with_packed_blocks(self.denoiser) if self._packs else self.denoiser,
             schedule,
             self.noise_schedule,
             Levels.of(schedule, self.noise_schedule),
@@ -258,6 +261,14 @@ class ADSampler:
                 f"masks, and FlexAttention compiles at most {COMPILED_LAYOUTS}; "
                 "legal: attention_backend auto, sdpa or flash, a smaller window, or fewer frames"
             )
+
+
+def _with_packed_blocks(denoiser: Denoiser) -> Denoiser:
+    """A copy for one run: the weights of today, laid out for the CPU's kernel where every row needs them."""
+    packed = _same_weights(denoiser)
+    for block in packed.blocks:
+        pack_linears(block, keep=("modulation",))  # which is computed once per run
+    return packed
 
 
 def _same_weights(denoiser: Denoiser) -> Denoiser:
