@@ -69,8 +69,15 @@ class TrainingConfig(Section):
     """Length, batch, precision and sharding."""
 
     steps: int = Field(100_000, ge=1)
-    global_batch_size: int = Field(48, ge=1, description="clips per optimiser step over all ranks")
-    micro_batch_size: int = Field(16, ge=1, description="clips per rank and forward; accumulation is derived")
+    global_batch_size: int = Field(
+        48, ge=1, description="clips per optimiser step over all ranks; with data.tokens_per_batch the longest clips"
+    )
+    micro_batch_size: int = Field(
+        16,
+        ge=1,
+        description="clips per rank and forward; accumulation is derived. With data.tokens_per_batch the longest "
+        "clips: the others' batches are cut into as many micro-batches",
+    )
     precision: Literal["bf16", "fp16", "fp32"] = "bf16"
     zero_stage: Literal[0, 1, 2, 3] = 1
     offload: Literal["none", "optimizer", "parameters"] = "none"
@@ -314,7 +321,10 @@ def batch_layout(training: TrainingConfig, world_size: int) -> tuple[int, int]:
         raise ValueError(
             f"global_batch_size={batch} cannot be split over {world_size} ranks; legal numbers of ranks: {legal}"
         )
-    per_rank = batch // world_size
-    largest = min(training.micro_batch_size, per_rank)
-    micro = next(size for size in range(largest, 0, -1) if per_rank % size == 0)
+    return micro_batches(batch // world_size, training.micro_batch_size)
+
+
+def micro_batches(per_rank: int, largest: int) -> tuple[int, int]:
+    """(clips, number) of the equal micro-batches of a rank's batch: the largest that have at most `largest` clips."""
+    micro = next(size for size in range(min(largest, per_rank), 0, -1) if per_rank % size == 0)
     return micro, per_rank // micro

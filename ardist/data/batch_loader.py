@@ -71,6 +71,27 @@ def _layout(manifest: Manifest) -> Layout:
     return manifest.shape, manifest.dtype, manifest.context_shape
 
 
+def buffer_rows(manifests: Sequence[Manifest], batches: Sequence[int], world_size: int) -> dict[Layout, int]:
+    """Rows of a rank's batch by their layout, for the global batch of every dataset.
+
+    Datasets of one shape have one batch size, because they have the same number of tokens.
+    """
+    pairs = zip(manifests, batches, strict=True)
+    return {_layout(manifest): batch // world_size for manifest, batch in pairs}
+
+
+def buffer_bytes(rows: Mapping[Layout, int], prefetch_bytes: int) -> int:
+    """Memory for one batch of any dataset; `ConfigError` where two of them are above the bound."""
+    size = sum(RowBuffer.bytes_for(count, *layout) for layout, count in rows.items())
+    if 2 * size > prefetch_bytes:
+        shapes = " and ".join(f"{count} samples {list(shape)} ({dtype})" for (shape, dtype, _), count in rows.items())
+        raise ConfigError(
+            f"two batches of {shapes} take {2 * size} bytes, more than data.prefetch_bytes={prefetch_bytes}; legal: "
+            f"{2 * size} or more, or a smaller batch"
+        )
+    return size
+
+
 class BatchLoader(ABC):
     """Endless iterator of this rank's batches; a subclass says which samples make a step.
 
@@ -99,11 +120,7 @@ class BatchLoader(ABC):
         self.global_batch_sizes = tuple(batches or [global_batch_size] * len(streams))
         self._health = SampleHealth(config.max_bad_fraction)
         self._sanity = [LatentSanity(stream.manifest, stream.path) for stream in self.streams]
-        # Datasets of one shape have one batch size, because they have the same number of tokens.
-        self._rows = {
-            _layout(stream.manifest): batch // world_size
-            for stream, batch in zip(self.streams, self.global_batch_sizes, strict=True)
-        }
+        self._rows = buffer_rows([stream.manifest for stream in self.streams], self.global_batch_sizes, world_size)
         self._shapes = list(self._rows)
         self._whole_windows = [False] * len(self.streams)
         self._buffer_count = self._count_buffers()
@@ -231,15 +248,7 @@ class BatchLoader(ABC):
 
     def _count_buffers(self) -> int:
         """Batch buffers that fit in the bound: one for the consumer and at least one to read ahead."""
-        size = sum(RowBuffer.bytes_for(rows, *layout) for layout, rows in self._rows.items())
-        if 2 * size > self.config.prefetch_bytes:
-            shapes = " and ".join(
-                f"{rows} samples {list(shape)} ({dtype})" for (shape, dtype, _), rows in self._rows.items()
-            )
-            raise ConfigError(
-                f"two batches of {shapes} take {2 * size} bytes, more than "
-                f"data.prefetch_bytes={self.config.prefetch_bytes}; legal: {2 * size} or more, or a smaller batch"
-            )
+        size = buffer_bytes(self._rows, self.config.prefetch_bytes)
         return min((self.config.prefetch_bytes - self._arena_bytes(size)) // size, _MAX_BUFFERS)
 
     def _arena_bytes(self, size: int) -> int:

@@ -85,18 +85,11 @@ def open_loader(
     global_batch_size: int,
     rank: int = 0,
     world_size: int = 1,
-    varying_batches: bool = False,
 ) -> BatchLoader:
     """The loader of one dataset, or of a mixture where `config` has one.
 
-    varying_batches: whether the caller can take batches of different sizes, which a token budget
-    (data.tokens_per_batch) makes; where it cannot, such a configuration is refused with a `ConfigError`.
+    With a token budget (data.tokens_per_batch) the batches differ in size: ``global_batch_sizes`` of the loader.
     """
-    if config.tokens_per_batch is not None and not varying_batches:
-        raise ConfigError(
-            "data.tokens_per_batch gives every dataset of the mixture its own batch size, but what is started here "
-            "takes one size only; legal: no data.tokens_per_batch"
-        )
     kind = MixedLoader if config.mixture else StreamingLoader
     return kind(config, seed=seed, global_batch_size=global_batch_size, rank=rank, world_size=world_size)
 

@@ -24,7 +24,7 @@ def measure_loading(
     ``storage_retries``, and ``substituted``: the latest bad samples.
     """
     begun, retries = time.perf_counter(), events.snapshot().get("storage.retry", 0)
-    with open_loader(config, seed=seed, global_batch_size=batch_size, varying_batches=True) as loader:
+    with open_loader(config, seed=seed, global_batch_size=batch_size) as loader:
         next(loader)
         opened, before, batches = time.perf_counter(), loader.metrics(), 1
         while batches < 2 or time.perf_counter() - begun < seconds:

@@ -14,7 +14,7 @@ import torch
 from ardist.config.data import DataConfig
 from ardist.data.batch import Batch, RowBuffer
 from ardist.data.batch_loader import BatchLoader, Piece, Step
-from ardist.data.buckets import bucket_batches
+from ardist.data.buckets import bucket_batches, check_buckets
 from ardist.data.dataset_stream import DatasetStream, lanes_of_rank
 from ardist.data.errors import ManifestError
 from ardist.data.keyed import Domain, derive_key
@@ -61,13 +61,8 @@ class MixedLoader(BatchLoader):
         _check_together(config, manifests)
         batches = (global_batch_size,) * len(manifests)
         if config.tokens_per_batch is not None:
-            batches = bucket_batches(
-                manifests,
-                config.tokens_per_batch,
-                lanes=config.lanes,
-                world_size=world_size,
-                global_batch_size=global_batch_size,
-            )
+            batches = bucket_batches(manifests, config.tokens_per_batch, lanes=config.lanes)
+            check_buckets(manifests, batches, world_size=world_size, global_batch_size=global_batch_size)
         for manifest, batch in zip(manifests, batches, strict=True):
             check_layout(manifest.num_samples, lanes=config.lanes, global_batch_size=batch, world_size=world_size)
         self._weights = [part.weight for part in config.mixture]

@@ -34,18 +34,19 @@ class DeviceCopy:
         return replace(batch, **moved)
 
 
-def cut(inputs: Mapping[str, torch.Tensor], size: int) -> Iterator[dict[str, torch.Tensor]]:
-    """Consecutive equal parts, as views, of tensors with one row per sample."""
+def cut(inputs: Mapping[str, torch.Tensor], parts: int) -> Iterator[dict[str, torch.Tensor]]:
+    """So many consecutive equal parts, as views, of tensors with one row per sample."""
     count = len(next(iter(inputs.values())))
-    if count % size:
-        raise ValueError(f"a batch of {count} samples cannot be cut into micro-batches of {size}")
+    size, rest = divmod(count, parts)
+    if rest or not size:
+        raise ValueError(f"a batch of {count} samples cannot be cut into {parts} equal micro-batches")
     for first in range(0, count, size):
         yield {name: value[first : first + size] for name, value in inputs.items()}
 
 
 def single_clips(batch: Batch) -> Iterator[Batch]:
     """The samples of a batch one by one, as batches of one."""
-    for part in cut(_tensors(batch), 1):
+    for part in cut(_tensors(batch), len(batch.sample_ids)):
         yield replace(batch, **cast(dict[str, Any], part))
 
 

@@ -1,8 +1,7 @@
-"""The training set of a run as its manifests tell it: one dataset, or several in fixed shares."""
+"""The training set of a run as its manifests tell it: one dataset or several."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,20 +12,15 @@ from ardist.data.manifest import Manifest
 
 @dataclass(frozen=True)
 class TrainingSet:
-    """Manifests of what is read, and the share of the samples (or steps) that each one gives."""
+    """Manifests of what is read, in the order of the configuration."""
 
     manifests: tuple[Manifest, ...]
-    shares: tuple[float, ...]
 
     @property
     def digest(self) -> str:
         """Digest of the dataset, or of all datasets of a mixture in their order."""
         digests = [manifest.digest() for manifest in self.manifests]
         return digests[0] if len(digests) == 1 else canonical_digest(digests)
-
-    def mean(self, values: Sequence[float]) -> float:
-        """Mean over samples of a number per dataset."""
-        return sum(value * share for value, share in zip(values, self.shares, strict=True))
 
     def describe(self) -> dict[str, Any]:
         """What an export must know of the data the weights were trained on; the longest clips set its length."""
@@ -42,9 +36,3 @@ class TrainingSet:
 def paths(config: DataConfig) -> list[str]:
     """The datasets that a run reads."""
     return [part.path for part in config.mixture] if config.mixture else [config.path]
-
-
-def shares(config: DataConfig) -> tuple[float, ...]:
-    """Their shares, which sum to 1."""
-    total = sum(part.weight for part in config.mixture)
-    return tuple(part.weight / total for part in config.mixture) if config.mixture else (1.0,)

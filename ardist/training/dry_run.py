@@ -1,13 +1,13 @@
 """One micro-batch of the largest kind before step 1: what would fail in an hour fails in the first minute.
 
-Memory that does not suffice and kernels that do not compile show here, with the clips of the longest dataset of a
-mixture. Nothing is learned and no state changes: gradients flow to the inputs, not into the weights' own.
+Memory that does not suffice and kernels that do not compile show here, with the clips of that dataset of a mixture
+whose micro-batches have the most tokens. Nothing is learned and no state changes: gradients flow to the inputs, not
+into the weights' own.
 """
 
 from __future__ import annotations
 
 import logging
-import math
 import time
 from typing import TYPE_CHECKING
 
@@ -15,6 +15,7 @@ import torch
 
 from ardist import fault
 from ardist.data.batch import Batch
+from ardist.data.buckets import tokens_of
 from ardist.data.manifest import Manifest
 from ardist.data.sample import TORCH_DTYPES
 from ardist.errors import HardwareError
@@ -33,8 +34,8 @@ def dry_run(trainer: Trainer) -> None:
     """
     if trainer.config.task != "denoiser":
         return
-    manifest = max(trainer.data.manifests, key=lambda one: math.prod(one.shape))
-    clips, frames = trainer.engine.micro_batch_size, manifest.shape[0]
+    manifest, clips = _largest(trainer)
+    frames = manifest.shape[0]
     began = time.perf_counter()
     try:
         with torch.random.fork_rng(devices=[trainer.world.device] if trainer.world.device.type == "cuda" else []):
@@ -49,6 +50,18 @@ def dry_run(trainer: Trainer) -> None:
     if trainer.world.is_main:
         seconds = time.perf_counter() - began
         _log.info("dry run of %d clips of %d frames: %.1f s", clips, frames, seconds)
+
+
+def _largest(trainer: Trainer) -> tuple[Manifest, int]:
+    """Dataset and number of clips of the micro-batch with the most tokens, context included; of equals the longest."""
+    assert trainer.config.denoiser is not None
+    context = trainer.config.denoiser.context_tokens
+    parts = trainer.world.size * trainer.engine.accumulation
+    clips = [batch // parts for batch in trainer.loader.global_batch_sizes]
+    return max(
+        zip(trainer.data.manifests, clips, strict=True),
+        key=lambda pair: (pair[1] * (context + tokens_of(pair[0])), pair[0].shape[0]),
+    )
 
 
 def _batch(manifest: Manifest, clips: int, device: torch.device) -> Batch:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from ardist import fault
 from ardist.config import TrainConfig, batch_layout
+from ardist.data.batch_loader import buffer_bytes, buffer_rows
+from ardist.data.buckets import bucket_batches, check_buckets
 from ardist.data.manifest import Manifest, load_manifest
 from ardist.data.order import check_layout
 from ardist.errors import ArdistError, CheckpointError, ConfigError, DataError
@@ -20,7 +22,7 @@ from ardist.models.ar_vae.perceptual import SMALLEST
 from ardist.storage import is_remote
 from ardist.training.callbacks.sampled_videos import samples_problems
 from ardist.training.commit import Commit
-from ardist.training.dataset import TrainingSet, paths, shares
+from ardist.training.dataset import TrainingSet, paths
 from ardist.training.deepspeed_overrides import override_problems
 from ardist.training.distributed import environment, uses_gpu
 from ardist.training.object_store import open_store
@@ -58,20 +60,20 @@ def check_run(config: TrainConfig, world_size: int, checkpoints: Path) -> Traini
         problems += [f"validation.path: {problem}" for problem in _shape_problems(config, held_out)]
     problems += override_problems(config.deepspeed)
     complete = tuple(manifest for manifest in manifests.values() if manifest is not None)
-    data = TrainingSet(complete, shares(config.data)) if len(complete) == len(manifests) else None
+    data = TrainingSet(complete) if len(complete) == len(manifests) else None
     problems += _autoencoder_problems(manifests, held_out)
     problems += samples_problems(config, complete)
     problems += _checkpoint_problems(config, data, checkpoints)
     everything = problems + data_problems
     if data is not None and not everything:
-        _announce(config, world_size)
+        _announce(config, data, world_size)
         return data
     noun = "problem" if len(everything) == 1 else "problems"
     message = f"this run cannot start, {len(everything)} {noun}:\n" + "\n".join(f"  {line}" for line in everything)
     raise ConfigError(message) if problems else DataError(message)
 
 
-def _announce(config: TrainConfig, world_size: int) -> None:
+def _announce(config: TrainConfig, data: TrainingSet, world_size: int) -> None:
     """Say once per run what is done otherwise than a reader of the configuration would think."""
     if environment()[0] != 0:
         return
@@ -80,6 +82,16 @@ def _announce(config: TrainConfig, world_size: int) -> None:
         if name in config.model_fields_set and getattr(config, name) != TrainConfig.model_fields[name].default:
             events.count("config.unused_section", section=name, task=config.task)
     micro, accumulation = batch_layout(config.training, world_size)
+    if config.data.tokens_per_batch is not None:
+        shown = (
+            f"{batch // world_size // accumulation} clips of {one.shape[0]} frame{'s' if one.shape[0] > 1 else ''}"
+            for batch, one in zip(_global_batches(config, data.manifests), data.manifests, strict=True)
+        )
+        _log.info(
+            "%d micro-batches per step and rank, each of %s",
+            accumulation,
+            " or ".join(shown),
+        )
     if micro != config.training.micro_batch_size:
         _log.info(
             "micro batches of %d clips instead of training.micro_batch_size=%d: a rank's %d clips of a step are cut "
@@ -124,22 +136,56 @@ def _perceptual_problems(config: TrainConfig) -> Iterator[str]:
 
 
 def _layout_problems(config: TrainConfig, world_size: int, manifests: Mapping[str, Manifest | None]) -> Iterator[str]:
+    known = {path: manifest for path, manifest in manifests.items() if manifest is not None}
+    if config.data.tokens_per_batch is not None and len(known) < len(manifests):
+        return  # what is missing decides the buckets
+    data = tuple(known.values())
     try:
-        batch_layout(config.training, world_size)
-    except ValueError as error:
-        yield f"training.{error}"
+        batches = _global_batches(config, data)
+    except ConfigError as error:
+        yield str(error)
         return
-    for path, manifest in manifests.items():
+    split = True
+    try:
+        _check_split(config, world_size, data, batches)
+    except ConfigError as error:
+        yield str(error)
+        split = False
+    for (path, manifest), batch in zip(known.items(), batches, strict=True):
         try:
-            if manifest is not None:
-                check_layout(
-                    manifest.num_samples,
-                    lanes=config.data.lanes,
-                    global_batch_size=config.training.global_batch_size,
-                    world_size=world_size,
-                )
-        except ArdistError as error:
+            check_layout(manifest.num_samples, lanes=config.data.lanes, global_batch_size=batch)
+        except ConfigError as error:
             yield f"data, {path!r}: {error}"
+    if split and data:
+        try:
+            buffer_bytes(buffer_rows(data, batches, world_size), config.data.prefetch_bytes)
+        except ConfigError as error:
+            yield f"data: {error}"
+
+
+def _global_batches(config: TrainConfig, data: Sequence[Manifest]) -> tuple[int, ...]:
+    """The global batch of every dataset."""
+    if config.data.tokens_per_batch is None:
+        return (config.training.global_batch_size,) * len(data)
+    return bucket_batches(data, config.data.tokens_per_batch, lanes=config.data.lanes)
+
+
+def _check_split(config: TrainConfig, world_size: int, data: Sequence[Manifest], batches: Sequence[int]) -> None:
+    """Every batch can be split over the ranks, and each rank's part into micro-batches."""
+    training = config.training
+    if config.data.tokens_per_batch is not None:
+        check_buckets(
+            data,
+            batches,
+            world_size=world_size,
+            global_batch_size=training.global_batch_size,
+            micro_batch_size=training.micro_batch_size,
+        )
+        return
+    try:
+        batch_layout(training, world_size)
+    except ValueError as error:
+        raise ConfigError(f"training.{error}") from None
 
 
 def _shape_problems(config: TrainConfig, manifest: Manifest) -> Iterator[str]:

@@ -55,7 +55,7 @@ class Records:
             "completed": trainer.step >= trainer.total_steps,
             "step": trainer.step,
             "steps": trainer.total_steps,
-            "samples": trainer.step * trainer.config.training.global_batch_size,
+            "samples": history.samples,
             "skipped_steps": history.skipped_steps,
             "useful_seconds": history.useful_seconds,
             "wall_seconds": wall,

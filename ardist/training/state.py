@@ -31,9 +31,11 @@ _log = logging.getLogger("ardist.training")
 
 @dataclass
 class History:
-    """Totals over all sessions of a run. Useful time is that of steps which are part of the result."""
+    """Totals over all sessions of a run. Useful time is that of steps which are part of the result; samples are those
+    of all steps, the skipped ones too."""
 
     skipped_steps: int = 0
+    samples: int = 0
     useful_seconds: float = 0.0
     sessions: int = 1
     earlier_seconds: float = 0.0
@@ -48,6 +50,7 @@ class History:
         """For a checkpoint."""
         return {
             "skipped_steps": self.skipped_steps,
+            "samples": self.samples,
             "useful_seconds": self.useful_seconds,
             "wall_seconds": self.wall_seconds(),
             "sessions": self.sessions,
@@ -126,6 +129,9 @@ def _restore(trainer: Trainer, path: Path, commit: commits.Commit) -> None:
         trainer.adversary.restore(path, [part.file for part in commit.parts])
     trainer.loader.load_state_dict(commit.state["data"])
     trainer.step = commit.step
+    # Checkpoints of before this was counted had one batch size.
+    batch = commit.config.get("training", {}).get("global_batch_size", 0)
+    trainer.history.samples = int(commit.state["history"].get("samples", commit.step * batch))
     trainer.engine.set_counters(commit.state["counters"], commit.step)
     trainer.engine.set_loss_scaler(commit.state["loss_scaler"])
     if trainer.engine.spikes is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -40,32 +41,39 @@ def device_name(device: torch.device) -> str:
 
 
 class Throughput:
-    """Rates over a window of steps, for all ranks together."""
+    """Rates over a window of steps, for all ranks together.
+
+    tokens_per_clip, flops_per_clip: by the number of frames of a clip; FLOPs of 0 mean that nobody has counted them.
+    """
 
     def __init__(
         self,
         *,
-        global_batch_size: int,
-        tokens_per_clip: float,
-        flops_per_clip: float | None,
+        tokens_per_clip: Mapping[int, int],
+        flops_per_clip: Mapping[int, float],
         world_size: int,
         peak: float | None,
     ) -> None:
-        self.global_batch_size = global_batch_size
         self.tokens_per_clip = tokens_per_clip
         self.flops_per_clip = flops_per_clip
         self.world_size = world_size
         self.peak = peak
 
-    def rates(self, steps: int, seconds: float) -> dict[str, Any]:
-        """Rates of `steps` optimiser steps in `seconds`; what cannot be known is None."""
-        clips = steps * self.global_batch_size / max(seconds, 1e-9)
-        flops = None if self.flops_per_clip is None else clips * self.flops_per_clip
+    def rates(self, clips: Mapping[int, int], steps: int, seconds: float) -> dict[str, Any]:
+        """Rates of `steps` optimiser steps in `seconds`; what cannot be known is None.
+
+        clips: how many were trained in these steps over all ranks, by their number of frames.
+        """
+        passed = max(seconds, 1e-9)
+        tokens = sum(count * self.tokens_per_clip[frames] for frames, count in clips.items())
+        flops: float | None = None
+        if all(self.flops_per_clip[frames] for frames in clips):
+            flops = sum(count * self.flops_per_clip[frames] for frames, count in clips.items()) / passed
         mfu = None if flops is None or self.peak is None else flops / (self.peak * self.world_size)
         return {
             "step_seconds": seconds / max(steps, 1),
-            "clips_per_second": clips,
-            "tokens_per_second": clips * self.tokens_per_clip,
+            "clips_per_second": sum(clips.values()) / passed,
+            "tokens_per_second": tokens / passed,
             "tflops": None if flops is None else flops / 1e12,
             "mfu": mfu,
         }

@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
+from typing import TypeVar
 
 import torch
 
@@ -51,6 +52,8 @@ from ardist.training.throughput import Throughput, device_name, peak_flops
 from ardist.training.window import Window
 
 _log = logging.getLogger("ardist.training")
+
+Number = TypeVar("Number", int, float)
 
 CLOSE_SECONDS = 60.0
 """How long a checkpoint under way may take when the run ends by an error."""
@@ -143,9 +146,9 @@ class Trainer:
             beside={} if self.adversary is None else {ADVERSARY_FILE: self.adversary.state},
         )
         self.throughput = Throughput(
-            global_batch_size=config.training.global_batch_size,
-            tokens_per_clip=data.mean([objective.tokens_per_clip for objective in objectives]),
-            flops_per_clip=data.mean([objective.flops_per_clip for objective in objectives]) or None,
+            # Datasets of a mixture differ in the number of frames at most.
+            tokens_per_clip=by_frames(data, [objective.tokens_per_clip for objective in objectives]),
+            flops_per_clip=by_frames(data, [objective.flops_per_clip for objective in objectives]),
             world_size=world.size,
             peak=peak_flops(device_name(world.device), config.training.precision),
         )
@@ -216,7 +219,7 @@ class Trainer:
 
         if self.adversary is not None:
             self.adversary.begin(self.step)
-        for micro_batch in cut(self.objective.prepare(self.to_device(batch)), self.engine.micro_batch_size):
+        for micro_batch in cut(self.objective.prepare(self.to_device(batch)), self.engine.accumulation):
             loss, metrics = self.objective.loss(self.engine, micro_batch)
             if (factor := fault.point("trainer.loss")) is not None:
                 loss = loss * float(factor or "nan")
@@ -236,7 +239,9 @@ class Trainer:
         if self.ema is not None:
             self.ema.update(self.outcome.skipped)
         self.step += 1
-        self.window.steps += 1
+        clips = len(self.sample_ids) * self.world.size
+        self.history.samples += clips
+        self.window.stepped(self.num_frames, clips)
         heartbeat.stepped(self.step)
         fault.point("trainer.after_step")
 
@@ -284,6 +289,11 @@ def built_in_callbacks(config: TrainConfig) -> list[Callback]:
         (True, Checkpoints()),
     ]
     return [callback for wanted, callback in callbacks if wanted]
+
+
+def by_frames(data: TrainingSet, values: Sequence[Number]) -> dict[int, Number]:
+    """A number per dataset, by the frames of its clips."""
+    return {manifest.shape[0]: value for manifest, value in zip(data.manifests, values, strict=True)}
 
 
 def lock_store(store: CheckpointStore, world: World, run: RunDirectory) -> None:

@@ -21,6 +21,8 @@ class Window:
         self._sums: dict[tuple[str, int], torch.Tensor] = {}
         self._counts: Counter[tuple[str, int]] = Counter()
         self.steps = 0
+        self.clips: Counter[int] = Counter()
+        """Clips that were trained over all ranks, by their number of frames."""
         self.data_seconds = 0.0
         self.other_seconds = 0.0
         self.began = time.perf_counter()
@@ -31,6 +33,11 @@ class Window:
             key = (name, value.numel())
             self._sums[key] = self._sums[key] + value if key in self._sums else value.clone()
             self._counts[key] += 1
+
+    def stepped(self, frames: int, clips: int) -> None:
+        """Count one optimiser step over so many clips of so many frames, of all ranks together."""
+        self.steps += 1
+        self.clips[frames] += clips
 
     @contextmanager
     def waiting_for_data(self) -> Iterator[None]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,8 +17,9 @@ from hypothesis import strategies as st
 
 from ardist.config import check
 from ardist.config.data import DataConfig
+from ardist.config.training import micro_batches
 from ardist.data.batch import RowBuffer
-from ardist.data.buckets import bucket_batches, tokens_of
+from ardist.data.buckets import bucket_batches, check_buckets, tokens_of
 from ardist.data.loader import BatchLoader, open_loader
 from ardist.errors import ConfigError
 
@@ -38,14 +40,12 @@ def numbered(first: int) -> Any:
 
 
 def open_buckets(
-    folders: list[Path], *, batch: int = 12, rank: int = 0, world_size: int = 1, varying: bool = True, **options: Any
+    folders: list[Path], *, batch: int = 12, rank: int = 0, world_size: int = 1, **options: Any
 ) -> BatchLoader:
     mixture = [{"path": str(path), "weight": w} for path, w in zip(folders, [2, 1, 1], strict=True)]
     fields = {"mixture": mixture, "mixture_by": "step", "lanes": 4, "window": 24, "tokens_per_batch": BUDGET}
     config = DataConfig(**{**fields, "prefetch_bytes": 2**21, **options})
-    return open_loader(
-        config, seed=5, global_batch_size=batch, rank=rank, world_size=world_size, varying_batches=varying
-    )
+    return open_loader(config, seed=5, global_batch_size=batch, rank=rank, world_size=world_size)
 
 
 def taken(loader: BatchLoader) -> tuple[int, int, list[int], bytes]:
@@ -130,11 +130,39 @@ def test_illegal_budgets_name_the_legal_ones(folders: list[Path]) -> None:
             check(DataConfig, broken, "x.yaml")
 
 
-def test_who_takes_one_batch_size_is_not_given_several(folders: list[Path]) -> None:
-    with pytest.raises(ConfigError, match=r"one size only; legal: no data\.tokens_per_batch"):
-        open_buckets(folders, varying=False)
-    with open_buckets(folders, varying=False, tokens_per_batch=None) as loader:
+def test_without_a_budget_all_batches_are_of_one_size(folders: list[Path]) -> None:
+    with open_buckets(folders, tokens_per_batch=None) as loader:
         assert loader.global_batch_sizes == (12, 12, 12)
+
+
+def refusal(**changes: Any) -> str:
+    """What is said of batches of 12 clips, 20 shorter clips and 100 images on 2 ranks."""
+    shapes = [(8, 3, 4), (5, 3, 4), (1, 3, 4)]
+    manifests: Any = [SimpleNamespace(shape=shape) for shape in shapes]
+    with pytest.raises(ConfigError) as caught:
+        check_buckets(manifests, (12, 20, 100), **{"world_size": 2, "global_batch_size": 12, **changes})
+    return str(caught.value)
+
+
+def test_batches_that_cannot_be_cut_into_as_many_parts_name_what_can() -> None:
+    """6, 10 and 50 clips per rank: micro-batches of 2 would be 3 of them, which cuts neither 10 nor 50."""
+    message = refusal(micro_batch_size=2)
+    assert "batches of 12 of [8, 3, 4], 20 of [5, 3, 4], 100 of [1, 3, 4] cannot all be cut into 3 micro-b" in message
+    assert "legal training.micro_batch_size: [3, 6]" in message
+    assert "with this one legal numbers of ranks: none" in message
+    assert "lanes that are a multiple of 6" in message
+    # At most 5 of 12 at once are 3 times 4, and 20 cannot be cut into 3; on two ranks it is 2 times 3 of 6.
+    assert "legal numbers of ranks: [1, 2, 4]" in refusal(world_size=3, micro_batch_size=100)
+    assert "legal numbers of ranks: [2, 4]" in refusal(world_size=1, micro_batch_size=5)
+
+
+def test_all_that_is_wrong_with_buckets_is_one_message() -> None:
+    message = refusal(world_size=5, global_batch_size=20)
+    assert "cannot all be split over 5 ranks; legal numbers of ranks: [1, 2, 4]" in message
+    assert "the longest samples: 12, not 20" in message
+    message = refusal(micro_batch_size=2, global_batch_size=20)
+    assert "into 3 micro-batches" in message
+    assert "the longest samples: 12, not 20" in message
 
 
 def test_memory_counts_every_bucket(folders: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -151,22 +179,35 @@ def test_memory_counts_every_bucket(folders: list[Path], monkeypatch: pytest.Mon
     st.integers(1, 64),
     st.integers(1, 200_000),
     st.integers(1, 64),
+    st.integers(1, 64) | st.none(),
 )
 def test_batches_are_the_largest_legal_ones(
-    shapes: list[tuple[int, int]], lanes: int, budget: int, world_size: int
+    shapes: list[tuple[int, int]], lanes: int, budget: int, world_size: int, micro: int | None
 ) -> None:
     manifests: Any = [SimpleNamespace(shape=(frames, tokens, 4)) for frames, tokens in shapes]
     tokens = [tokens_of(manifest) for manifest in manifests]
     wanted = [budget // each // lanes * lanes for each in tokens]
-    arguments = {"lanes": lanes, "world_size": world_size, "global_batch_size": min(wanted)}
-    legal = min(wanted) > 0 and all(batch % world_size == 0 for batch in wanted)
-    if not legal:
-        with pytest.raises(ConfigError, match="legal"):
-            bucket_batches(manifests, budget, **arguments)
+    if not min(wanted):
+        with pytest.raises(ConfigError, match="legal: at least"):
+            bucket_batches(manifests, budget, lanes=lanes)
         return
-    got = bucket_batches(manifests, budget, **arguments)
+    got = bucket_batches(manifests, budget, lanes=lanes)
+    arguments = {"world_size": world_size, "global_batch_size": min(wanted), "micro_batch_size": micro}
+    legal = all(batch % world_size == 0 for batch in wanted)
+    if legal and micro is not None:
+        parts = micro_batches(min(wanted) // world_size, micro)[1]
+        legal = all(batch // world_size % parts == 0 for batch in wanted)
+    if legal:
+        check_buckets(manifests, got, **arguments)
+    else:
+        with pytest.raises(ConfigError) as caught:
+            check_buckets(manifests, got, **arguments)
+        # What the message calls legal is.
+        for name, pattern in (("world_size", r"numbers of ranks: (\[.*?\])"), ("micro_batch_size", r"size: (\[.*?\])")):
+            for found in re.findall(pattern, str(caught.value)):
+                for value in json.loads(found):
+                    check_buckets(manifests, got, **{**arguments, name: value})
     for batch, each in zip(got, tokens, strict=True):
         assert batch % lanes == 0
-        assert batch % world_size == 0
         assert batch * each <= budget < (batch + lanes) * each
     assert np.array_equal(got, wanted)

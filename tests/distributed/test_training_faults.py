@@ -232,6 +232,7 @@ def test_a_run_that_only_skips_goes_back_once_and_ends(tmp_path: Path, data: Pat
         assert outcome.value.startswith("TrainingDivergedError: 2 steps in a row up to step 5"), outcome.value
     steps = [json.loads(line)["step"] for line in (tmp_path / "skipped_steps.jsonl").read_text().splitlines()]
     assert steps == [5, 6, 4, 5]
+    assert all(record["samples"] == 8 * step for step, record in records(tmp_path).items())
     assert newest_valid(tmp_path / "checkpoints")[1].step == 3
 
 

@@ -12,6 +12,7 @@ import torch
 from tiny import settings, tiny_config, write_latents, write_pixels
 
 from ardist.config import TrainConfig, check
+from ardist.data.batch import RowBuffer
 from ardist.data.manifest import load_manifest, write_manifest
 from ardist.errors import ArdistError, ConfigError, DataError
 from ardist.events import events
@@ -162,6 +163,88 @@ def test_all_problems_come_in_one_message(tmp_path: Path, data: Path, pixels: Pa
 def test_settings_that_contradict_each_other(tmp_path: Path, changes: dict[str, Any], text: str) -> None:
     with pytest.raises(ConfigError, match="(?s).*" + text.replace("(", r"\(")):
         check(TrainConfig, settings(tmp_path, tmp_path, **changes), "test")
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_latents(tmp_path_factory.mktemp("images"), samples=40, frames=1, seed=1)
+
+
+def buckets(run_dir: Path, *paths: Path | str, budget: int = 108, **changes: Any) -> TrainConfig:
+    """8 clips of 4 frames or 36 images per step; `changes` as of `tiny_config`."""
+    mixture = [{"path": str(path), "weight": 1} for path in paths]
+    data = {"data__path": "", "data__mixture": mixture, "data__mixture_by": "step", "data__tokens_per_batch": budget}
+    return tiny_config(run_dir, run_dir, **{**data, **changes})
+
+
+def test_what_is_wrong_with_buckets_is_told_with_everything_else(
+    tmp_path: Path, data: Path, images: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = buckets(tmp_path / "run", data, images, training__micro_batch_size=1, init_from="/nowhere")
+    message = problems(config, 1, monkeypatch)
+    assert message.startswith("ConfigError: this run cannot start, 2 problems:")
+    assert "init_from" in message
+    assert "batches of 8 of [4, 3, 4], 36 of [1, 3, 4] cannot all be cut into 8 micro-batches" in message
+    assert "legal training.micro_batch_size: [2, 4, 8], with this one legal numbers of ranks: none" in message
+    for micro in (2, 4, 8):
+        check_run(buckets(tmp_path, data, images, training__micro_batch_size=micro), 1, tmp_path)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "ranks", "wanted"),
+    [
+        ({}, 3, ["1 problem:", "cannot all be split over 3 ranks; legal numbers of ranks: [1, 2, 4]"]),
+        ({"training__global_batch_size": 4}, 1, ["1 problem:", "that of the longest samples: 8, not 4"]),
+        ({"budget": 12}, 1, ["1 problem:", "data.tokens_per_batch=12 holds 1 samples", "legal: at least 48"]),
+        (
+            {"budget": 144, "training__global_batch_size": 12},
+            1,
+            ["1 problem:", "images", "40 samples, fewer than one global batch of 48"],
+        ),
+        (
+            {"denoiser__latent_channels": 8},
+            1,
+            ["2 problems:", "latents of 3 tokens x 4 channels"],
+        ),
+    ],
+)
+def test_each_problem_of_buckets_is_named_with_what_is_legal(
+    tmp_path: Path,
+    data: Path,
+    images: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    changes: dict[str, Any],
+    ranks: int,
+    wanted: list[str],
+) -> None:
+    message = problems(buckets(tmp_path, data, images, **changes), ranks, monkeypatch)
+    for text in wanted:
+        assert text in message
+
+
+def test_of_buckets_a_missing_dataset_is_the_only_problem(
+    tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    message = problems(buckets(tmp_path, data, "/nowhere"), 3, monkeypatch)
+    assert message.startswith("DataError: this run cannot start, 1 problem:")
+    assert "/nowhere" in message
+
+
+def test_micro_batches_of_buckets_are_told(
+    tmp_path: Path, data: Path, images: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", logger="ardist.training")
+    check_run(buckets(tmp_path, data, images), 1, tmp_path)
+    assert caplog.messages == ["4 micro-batches per step and rank, each of 2 clips of 4 frames or 9 clips of 1 frame"]
+
+
+def test_batches_that_memory_is_not_meant_to_hold_are_refused_before_the_start(
+    tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(RowBuffer, "bytes_for", staticmethod(lambda rows, *_: 2**27 * rows))
+    message = problems(tiny_config(tmp_path, data), 2, monkeypatch)
+    assert "data: two batches of 4 samples [4, 3, 4] (float16) take 1073741824 bytes, more than data.pref" in message
 
 
 def write_checkpoint(run_dir: Path, config: TrainConfig, **changes: Any) -> None:

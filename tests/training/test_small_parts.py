@@ -29,9 +29,10 @@ def test_peaks_are_known_or_not_but_never_guessed() -> None:
 
 
 def test_rates() -> None:
-    rates = Throughput(global_batch_size=8, tokens_per_clip=512, flops_per_clip=1e12, world_size=2, peak=1e13).rates(
-        10, 4
+    throughput = Throughput(
+        tokens_per_clip={16: 512, 1: 32}, flops_per_clip={16: 1e12, 1: 5e10}, world_size=2, peak=1e13
     )
+    rates = throughput.rates({16: 80}, 10, 4)
     assert rates == {
         "step_seconds": 0.4,
         "clips_per_second": 20.0,
@@ -39,11 +40,16 @@ def test_rates() -> None:
         "tflops": 20.0,
         "mfu": 1.0,
     }
-    unknown = Throughput(global_batch_size=8, tokens_per_clip=512, flops_per_clip=None, world_size=2, peak=None)
-    assert unknown.rates(10, 4)["mfu"] is None
-    line = console_line({"step": 3, "loss": 0.25, **unknown.rates(10, 4)}, 9)
+    mixed = throughput.rates({16: 40, 1: 600}, 10, 4)
+    assert (mixed["clips_per_second"], mixed["tokens_per_second"], mixed["tflops"]) == (160.0, 9920.0, 17.5)
+    unknown = Throughput(tokens_per_clip={16: 512}, flops_per_clip={16: 1e12}, world_size=2, peak=None)
+    assert unknown.rates({16: 80}, 10, 4)["tflops"] == 20.0
+    assert unknown.rates({16: 80}, 10, 4)["mfu"] is None
+    line = console_line({"step": 3, "loss": 0.25, **unknown.rates({16: 80}, 10, 4)}, 9)
     assert "step 3/9 · loss 0.2500 · grad n/a" in line
     assert "MFU n/a" in line
+    uncounted = Throughput(tokens_per_clip={16: 512}, flops_per_clip={16: 0.0}, world_size=2, peak=1e13)
+    assert (uncounted.rates({16: 80}, 10, 4)["tflops"], uncounted.rates({16: 80}, 10, 4)["mfu"]) == (None, None)
 
 
 def test_a_line_left_unfinished_by_a_killed_run_does_not_swallow_the_next(tmp_path: Path) -> None:

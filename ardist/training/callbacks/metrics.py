@@ -47,10 +47,10 @@ class MetricsLog(Callback):
             **_by_timestep(means),
             "lr": learning_rate(trainer.config.optimizer, trainer.step - 1, trainer.total_steps),
             "grad_norm": _number(outcome),
-            **trainer.throughput.rates(window.steps, seconds),
+            **trainer.throughput.rates(window.clips, window.steps, seconds),
             "data_wait_fraction": window.data_seconds / max(seconds, 1e-9),
             "memory_gib": _memory(trainer.world.device),
-            "samples": trainer.step * trainer.config.training.global_batch_size,
+            "samples": trainer.history.samples,
             "skipped_steps": trainer.history.skipped_steps,
             "time": time.time(),
         }
