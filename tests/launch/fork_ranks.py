@@ -20,8 +20,9 @@ from ardist.launch.engines import Host, Placement, launches
 from ardist.launch.local import free_port
 from ardist.launch.nodes import LocalNode
 from ardist.launch.supervisor import Supervisor
-from ardist.training import distributed, goodput
+from ardist.training import distributed, goodput, trainer
 from ardist.training import main as program
+from ardist.training.callbacks import Callback
 from ardist.training.heartbeat import DIRECTORY_VARIABLE
 
 
@@ -66,11 +67,18 @@ class Forked:
 class ForkNode(LocalNode):
     """The ranks of this machine as forks of this process, which carry no mark in their environment."""
 
-    def fork(self, placement: Placement, words: list[str], environment: dict[str, str]) -> None:
-        """Start all ranks."""
+    def fork(
+        self,
+        placement: Placement,
+        words: list[str],
+        environment: dict[str, str],
+        callbacks: Callable[[], list[Callback]] = list,
+    ) -> None:
+        """Start all ranks; `callbacks` makes more of them for each."""
         for launch in launches("plain", placement, ["unused"], self.scratch):
             variables = {**environment, **launch.environment, DIRECTORY_VARIABLE: str(self.scratch)}
-            self._processes.append(Forked(lambda variables=variables: _rank(variables, words)))  # type: ignore[arg-type]
+            forked = Forked(lambda variables=variables: _rank(variables, words, callbacks()))  # type: ignore[misc]
+            self._processes.append(forked)  # type: ignore[arg-type]
 
     def send_signal(self, number: int) -> None:
         for process in self._processes:
@@ -84,8 +92,10 @@ class ForkNode(LocalNode):
         super().kill()
 
 
-def _rank(variables: dict[str, str], words: list[str]) -> int:
+def _rank(variables: dict[str, str], words: list[str], callbacks: list[Callback]) -> int:
     os.environ.update(variables)
+    built_in = trainer.built_in_callbacks
+    trainer.built_in_callbacks = lambda config: [*built_in(config), *callbacks]
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_DFL)
     program.prepare_process()
@@ -104,10 +114,12 @@ class TrainingJob:
         *,
         faults: Sequence[str] | Callable[[int], str] = (),
         ranks: int = 2,
+        callbacks: Callable[[], list[Callback]] = list,
         **changes: Any,
     ) -> None:
         self.directory = directory
         self.run_dir = directory / "run"
+        self.callbacks = callbacks
         self.faults = faults
         self.ranks = ranks
         launch = {"restart_pause_seconds": 0.05, "heartbeat_seconds": 4, "step_seconds": 6, "data_seconds": 6}
@@ -132,7 +144,8 @@ class TrainingJob:
         else:
             fault = self.faults[attempt - 1] if attempt <= len(self.faults) else ""
         environment = {"ARDIST_FAULT": fault, goodput.JOB_VARIABLE: f"{job}:{attempt}"}
-        node.fork(placement, [str(self.path)], environment | {"RANK_LOG": str(self.directory / "stderr-")})
+        environment["RANK_LOG"] = str(self.directory / "stderr-")
+        node.fork(placement, [str(self.path)], environment, self.callbacks)
         return [node]
 
     def run(self) -> int:
