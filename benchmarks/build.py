@@ -1,10 +1,13 @@
 """How fast the data tools turn videos into shards, stage by stage, against bare ffmpeg in the same run.
 
     python benchmarks/build.py [--videos FOLDER] [--size 256] [--clips 2000] [--rounds 3] [--json FILE]
+    python benchmarks/build.py --encoder tiny        # and the latent rows, with an untrained AR-VAE of that preset
 
 Without --videos, H.264 clips of 640x360 at 30 frames/s are made first. Every rate is frames per second of wall time
 with all cores, the median of rounds in which the stages take turns; the ratio is to ffmpeg decoding, scaling and
-cropping the same videos to /dev/null by itself, in the same round.
+cropping the same videos to /dev/null by itself, in the same round. The encode stage stands beside the bare network on
+the same frames: float32 batches that are ready, nothing checked, nothing stored. With --encoder the size is that of
+the preset.
 """
 
 from __future__ import annotations
@@ -26,15 +29,18 @@ from typing import Any
 
 import numpy as np
 import psutil
+import torch
 from rich.console import Console
 from rich.table import Table
 
 from ardist.data.sample import SampleInfo
 from ardist.data.shard_writer import Sample, write_shard
 from ardist.media import ffmpeg_binary
+from ardist.models.ar_vae.model import ARVAE, preset
+from ardist.models.weights import save_ar_vae
 from data_tools.build import BuildOptions, build, make_parameters
 from data_tools.decode import DecodeSettings, Target, decode_stretch, stretches
-from data_tools.encode import EncoderChoice, default_threads
+from data_tools.encode import EncoderChoice, LatentEncoder, default_threads
 from data_tools.ffmpeg_graph import SCALE_FLAGS
 from data_tools.probe import ProbeCaps, VideoFacts
 from data_tools.probe_pool import probe_all
@@ -45,6 +51,7 @@ from data_tools.sources import list_sources
 CAPS = ProbeCaps(8192 * 4320, 24 * 3600, 8)
 FRAMES = 16
 CEILING = "ffmpeg: decode, our filters"
+NETWORK = "AR-VAE encoder alone"
 
 
 def make_videos(folder: Path, count: int, frames: int) -> None:
@@ -107,6 +114,17 @@ def encode_alone(bundle: Path, frames: int, size: int) -> int:
     return sum(1 for _ in encoder.encode(data, range(0, frames - FRAMES + 1, FRAMES), FRAMES)) * FRAMES
 
 
+def network_alone(bundle: Path, frames: int, size: int) -> int:
+    """What the encode stage cannot be faster than."""
+    encoder = EncoderChoice(str(bundle)).make()
+    assert isinstance(encoder, LatentEncoder)
+    data = torch.rand(1, encoder.batch_frames, 3, size, size)
+    with torch.inference_mode():
+        for _ in range(frames // encoder.batch_frames):
+            encoder.model.posterior(data).mode()
+    return frames // encoder.batch_frames * encoder.batch_frames
+
+
 class MemoryWatch:
     """Resident memory of this process and its children, sampled over time."""
 
@@ -156,12 +174,17 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=256)
     parser.add_argument("--clips", type=int, default=2000, help="most clips of the end-to-end builds")
     parser.add_argument("--bundle", type=Path, help="AR-VAE bundle for the latent rows")
+    parser.add_argument("--encoder", help="instead of a bundle: preset of an untrained AR-VAE")
     parser.add_argument("--rounds", type=int, default=3, help="of which the medians are shown")
     parser.add_argument("--stage-frames", type=int, default=1600, help="most frames of a video in the single stages")
     parser.add_argument("--json", type=Path, help="also write the numbers here")
     words = parser.parse_args()
     cores = default_threads()
     with tempfile.TemporaryDirectory(prefix="ardist-bench-") as folder:
+        if words.encoder is not None:
+            model = ARVAE(preset(words.encoder))
+            words.bundle, words.size = Path(folder) / "bundle", model.config.image_size
+            save_ar_vae(words.bundle, model)
         videos = words.videos or Path(folder) / "videos"
         if words.videos is None:
             videos.mkdir()
@@ -188,7 +211,8 @@ def main() -> None:
         stages["decode stage"] = functools.partial(in_parallel, functools.partial(ours, size=words.size), ready, cores)
         stages["write stage"] = functools.partial(write_alone, Path(folder), words.size, 200)
         if words.bundle is not None:
-            stages["encode stage"] = functools.partial(encode_alone, words.bundle, 256, words.size)
+            stages[NETWORK] = functools.partial(network_alone, words.bundle, 512, words.size)
+            stages["encode stage"] = functools.partial(encode_alone, words.bundle, 512, words.size)
         rounds = [{name: timed(stage) for name, stage in stages.items()} for _ in range(words.rounds)]
         rates = {name: statistics.median(one[name] for one in rounds) for name in stages}
         ratios = {name: statistics.median(one[name] / one[CEILING] for one in rounds) for name in stages}
@@ -205,6 +229,9 @@ def main() -> None:
     for name, rate in rates.items():
         table.add_row(name, f"{rate:.0f}", f"{rate / FRAMES:.1f}", f"{ratios.get(name, rate / rates[CEILING]):.2f}")
     Console().print(table)
+    if words.bundle is not None:
+        share = statistics.median(one["encode stage"] / one[NETWORK] for one in rounds)
+        Console().print(f"encode stage: {share:.2f} of the encoder alone")
     Console().print(f"memory of the pixel build: {before:.0f} MiB in its second quarter, {after:.0f} MiB in its last")
     if words.json is not None:
         words.json.write_text(

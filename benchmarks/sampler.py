@@ -1,11 +1,12 @@
 """The cached sampler against the recomputing one, which evaluates its whole window in every row as the authors do.
 
-    python benchmarks/sampler.py                 # the full table: `small`, 50 steps, about 15 minutes on 2 cores
-    python benchmarks/sampler.py --steps 10      # the same proportions in a fifth of the time
+    python benchmarks/sampler.py                              # the full table: `small`, 50 steps, 15 minutes on 2 cores
+    python benchmarks/sampler.py --steps 10                   # the same proportions in a fifth of the time
+    python benchmarks/sampler.py --cases 0 1 --rounds 3       # medians of three rounds of the short cases
 
 Both run in one process on the same weights and noise, one after the other for each case; for videos no longer than the
 window the largest difference of their latents is printed too. For longer ones they compute different things: a rolling
-band and a common window.
+band and a common window. With several rounds the seconds and the ratio are medians of them.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 import argparse
 import os
 import platform
+import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -88,6 +90,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=1)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--cases", type=int, nargs="*", help="numbers of the cases to run, from 0")
+    parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument(
         "--clock",
@@ -110,25 +113,30 @@ def main() -> None:
         table.add_column(column, justify="right")
     for case in chosen:
         difference = round(case.difference * arguments.steps)
-        seconds: dict[str, float] = {}
+        kinds = ("recompute", "rolling")
+        seconds: dict[str, list[float]] = {kind: [] for kind in kinds}
         latents: dict[str, Tensor] = {}
-        plans = {}
-        for kind in ("recompute", "rolling"):
-            sampler = ADSampler(denoiser, NoiseSchedule.create(), window=case.window, window_kind=kind)
+        plans = {kind: ADSchedule(case.frames, arguments.steps, difference, case.window, kind) for kind in kinds}
+        samplers = {
+            kind: ADSampler(denoiser, NoiseSchedule.create(), window=case.window, window_kind=kind) for kind in kinds
+        }
+        for sampler in samplers.values():
             sampler.sample(min(case.frames, 4), num_inference_steps=2, difference=0)
-            seconds[kind], latents[kind] = timed(sampler, case, arguments.steps, arguments.batch_size, clock)
-            plans[kind] = ADSchedule(case.frames, arguments.steps, difference, case.window, kind)
+        for _ in range(arguments.rounds):
+            for kind, sampler in samplers.items():
+                time_used, latents[kind] = timed(sampler, case, arguments.steps, arguments.batch_size, clock)
+                seconds[kind].append(time_used)
         same = case.frames <= case.window
         worst = (latents["rolling"] - latents["recompute"]).abs().max().item()
-        ratio = seconds["recompute"] / seconds["rolling"]
+        ratio = statistics.median(a / b for a, b in zip(*seconds.values(), strict=True))
         table.add_row(
             str(case.frames),
             str(difference),
             str(case.window),
             str(plans["rolling"].num_rows),
             f"{plans['recompute'].num_frame_evaluations} / {plans['rolling'].num_frame_evaluations}",
-            f"{seconds['recompute']:.2f}",
-            f"{seconds['rolling']:.2f}",
+            f"{statistics.median(seconds['recompute']):.2f}",
+            f"{statistics.median(seconds['rolling']):.2f}",
             f"{ratio:.2f}x",
             "" if case.goal is None else f"{case.goal}x {'met' if ratio >= case.goal else 'MISSED'}",
             f"{worst:.1e}" if same else "other mask",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import random
 import shutil
 from collections.abc import Callable
@@ -10,20 +9,31 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import xxhash
-from dataset_factory import key_of, latent, make_dataset, number_of
+from corruptions import (
+    CONTENTS,
+    COUNTS,
+    RESIZED,
+    check_one_bad,
+    edit_member,
+    flip_index,
+    flip_payload,
+    named,
+    patch,
+    records,
+    seal,
+    serve,
+    truncate,
+)
+from dataset_factory import make_dataset
 
 from ardist.config.data import DataConfig
 from ardist.data.health import IN_A_ROW, SampleHealth, Substitution
 from ardist.data.loader import StreamingLoader, read_samples
-from ardist.data.manifest import Manifest, load_manifest, write_manifest
-from ardist.data.tar_index import TarIndex, write_index
+from ardist.data.manifest import Manifest, load_manifest
 from ardist.errors import DataError
 from ardist.events import events
 
-COUNTS = [40, 40, 40]
 ROUNDS = 24
-SHAPE = (2, 3, 4)
 
 
 @pytest.fixture(scope="module")
@@ -50,139 +60,40 @@ def open_loader(folder: Path, **options: object) -> StreamingLoader:
     return StreamingLoader(config, seed=3, global_batch_size=12)
 
 
-def serve(loader: StreamingLoader, steps: int = 10) -> set[int]:
-    """Take an epoch; every value must be exactly that of the sample whose id it carries."""
-    seen = set()
-    with loader:
-        for _ in range(steps):
-            batch = next(loader)
-            for value, bits, label in zip(batch.values, batch.sample_ids.tolist(), batch.class_ids, strict=True):
-                number = number_of(value)
-                assert key_of(number) == f"{bits & (2**64 - 1):016x}"
-                assert np.array_equal(value.numpy(), latent(number))
-                assert label == number % 5
-                seen.add(number)
-    return seen
-
-
-def patch(path: Path, offset: int, data: bytes) -> None:
-    with path.open("r+b") as file:
-        file.seek(offset)
-        file.write(data)
-
-
-def records(folder: Path, manifest: Manifest, shard: int) -> np.ndarray:
-    return np.array(TarIndex.open((folder / manifest.shards[shard].index_name).read_bytes()).records)
-
-
-def seal(folder: Path, manifest: Manifest, shard: int, **changes: dict[int, int]) -> None:
-    """Make index and manifest agree with a tar that was edited, as a faulty builder would."""
-    entry = manifest.shards[shard]
-    rows = records(folder, manifest, shard)
-    tar = (folder / entry.name).read_bytes()
-    for row in range(len(rows)):
-        offset, size = int(rows["offset"][row]), int(rows["size"][row])
-        rows["hash"][row] = xxhash.xxh3_64_intdigest(tar[offset : offset + size])
-    for column, values in changes.items():
-        for row, value in values.items():
-            rows[column][row] = value
-    sha256 = hashlib.sha256(tar).hexdigest()
-    index_sha256 = write_index(folder / entry.index_name, rows, len(tar), sha256)
-    shards = list(manifest.shards)
-    shards[shard] = entry.model_copy(update={"sha256": sha256, "index_sha256": index_sha256})
-    write_manifest(folder, manifest.model_copy(update={"shards": tuple(shards)}))
-
-
-def expect_one_bad(folder: Path, manifest: Manifest, shard: int, row: int, reason: str) -> None:
-    """The loader serves the epoch without the sample and names it; `read_samples` stops at it."""
-    loader = open_loader(folder)
-    seen = serve(loader)
-    bad = shard * 40 + row
-    assert seen == set(range(120)) - {bad} or seen < set(range(120)) - {bad}
-    (event,) = loader.substitutions
-    offset = int(records(folder, manifest, shard)["offset"][row])
-    assert (event.shard, event.offset, event.sample, event.reason) == (
-        manifest.shards[shard].name,
-        offset,
-        key_of(bad),
-        reason,
-    )
-    assert loader.metrics()[f"substitutions_{reason}"] == 1
-    with pytest.raises(DataError, match=f"{manifest.shards[shard].name} at byte {offset} .sample {key_of(bad)}"):
+def expect_one_bad(folder: Path, shard: int, row: int, reason: str) -> None:
+    check_one_bad(open_loader(folder), load_manifest(folder), shard, row, reason, records(folder, shard))
+    with pytest.raises(DataError, match=named(folder, shard, row)):
         read_samples(folder)
 
 
 def test_flipped_payload_bits(copies: Callable[[int], tuple[Path, Manifest]]) -> None:
     for number in range(3 * ROUNDS):
-        rng = random.Random(number)
         folder, manifest = copies(number)
-        shard, row = rng.randrange(3), rng.randrange(40)
-        record = records(folder, manifest, shard)[row]
-        path = folder / manifest.shards[shard].name
-        place = int(record["offset"]) + rng.randrange(int(record["size"]))
-        patch(path, place, bytes([path.read_bytes()[place] ^ 1 << rng.randrange(8)]))
-        expect_one_bad(folder, manifest, shard, row, "checksum")
+        shard, row = flip_payload(folder, manifest, random.Random(number))
+        expect_one_bad(folder, shard, row, "checksum")
 
 
-@pytest.mark.parametrize(
-    ("reason", "edit"),
-    [
-        ("nonfinite", lambda data: data[:-2] + b"\x00\x7e"),
-        ("nonfinite", lambda data: data[:-2] + b"\x00\x7c"),
-        ("nonfinite", lambda data: data[:-2] + b"\x00\xfc"),
-        ("header", lambda data: data.replace(b"<f2", b"<u2")),
-        ("header", lambda data: data.replace(b"<f2", b">f2")),
-        ("header", lambda data: data.replace(b"(2, 3, 4)", b"(2, 4, 3)")),
-        ("header", lambda data: data.replace(b"False", b"True ")),
-        ("header", lambda data: b"<html>" + data[6:]),
-    ],
-)
+@pytest.mark.parametrize(("reason", "edit"), CONTENTS)
 def test_wrong_contents_with_right_checksums(
     copies: Callable[[int], tuple[Path, Manifest]], reason: str, edit: Callable[[bytes], bytes]
 ) -> None:
     for number in range(5):
-        rng = random.Random(number)
         folder, manifest = copies(number)
-        shard, row = rng.randrange(3), rng.randrange(40)
-        record = records(folder, manifest, shard)[row]
-        path = folder / manifest.shards[shard].name
-        first, last = int(record["offset"]), int(record["offset"] + record["size"])
-        patch(path, first, edit(path.read_bytes()[first:last]))
-        seal(folder, manifest, shard)
-        expect_one_bad(folder, manifest, shard, row, reason)
+        shard, row = edit_member(folder, manifest, random.Random(number), edit)
+        expect_one_bad(folder, shard, row, reason)
 
 
 def test_class_ids_out_of_range(copies: Callable[[int], tuple[Path, Manifest]]) -> None:
     folder, manifest = copies(0)
     seal(folder, manifest, 1, class_id={7: 5})
-    expect_one_bad(folder, manifest, 1, 7, "label")
+    expect_one_bad(folder, 1, 7, "label")
 
 
 def test_member_sizes_that_differ(copies: Callable[[int], tuple[Path, Manifest]]) -> None:
     folder, manifest = copies(0)
-    size = int(records(folder, manifest, 1)["size"][0])
+    size = int(records(folder, 1)["size"][0])
     seal(folder, manifest, 1, size={9: size - 2})
-    expect_one_bad(folder, manifest, 1, 9, "header")
-
-
-RESIZED: dict[str, Callable[[Path, random.Random], None]] = {
-    "cut at a sample": lambda path, rng: _truncate(path, rng.randrange(1, 40) * 2048),
-    "cut inside a sample": lambda path, rng: _truncate(path, rng.randrange(1, 40) * 2048 + rng.randrange(1, 600)),
-    "without end blocks": lambda path, rng: _truncate(path, 40 * 2048),
-    "zero bytes": lambda path, rng: _truncate(path, 0),
-    "html": lambda path, rng: _replace(path, b"<html>503 Slow Down</html>"),
-    "appended": lambda path, rng: _replace(path, path.read_bytes() + b"x" * rng.randrange(1, 5000)),
-    "missing": lambda path, rng: path.unlink(),
-}
-
-
-def _truncate(path: Path, size: int) -> None:
-    with path.open("r+b") as file:
-        file.truncate(size)
-
-
-def _replace(path: Path, data: bytes) -> None:
-    path.write_bytes(data)
+    expect_one_bad(folder, 1, 9, "header")
 
 
 @pytest.mark.parametrize("damage", RESIZED)
@@ -218,7 +129,7 @@ def test_a_file_cut_while_it_is_open_is_noticed(copies: Callable[[int], tuple[Pa
     loader = open_loader(folder, max_bad_fraction=1.0)
     next(loader)
     state = loader.state_dict()
-    _truncate(folder / manifest.shards[0].name, 20 * 2048 + 700)
+    truncate(folder / manifest.shards[0].name, 20 * 2048 + 700)
     loader.load_state_dict(state)
     serve(loader, 9)
     assert {event.reason for event in loader.substitutions} == {"length"}
@@ -262,12 +173,8 @@ def test_index_of_another_shard_is_rebuilt(copies: Callable[[int], tuple[Path, M
 
 def test_flipped_index_bits_are_rebuilt(copies: Callable[[int], tuple[Path, Manifest]]) -> None:
     for number in range(ROUNDS):
-        rng = random.Random(number)
         folder, manifest = copies(number)
-        path = folder / manifest.shards[rng.randrange(3)].index_name
-        data = path.read_bytes()
-        place = rng.randrange(len(data))
-        patch(path, place, bytes([data[place] ^ 1 << rng.randrange(8)]))
+        flip_index(folder, manifest, random.Random(number))
         events.clear()
         assert len(serve(open_loader(folder))) == 120
         assert events.snapshot()["loader.index_rebuilt"] == 1
@@ -289,7 +196,7 @@ def test_another_shard_under_the_name_is_not_served(copies: Callable[[int], tupl
 def test_substitutes_do_not_depend_on_ranks_or_resumes(copies: Callable[[int], tuple[Path, Manifest]]) -> None:
     folder, manifest = copies(0)
     for shard, row in [(0, 3), (1, 9), (2, 30)]:
-        patch(folder / manifest.shards[shard].name, int(records(folder, manifest, shard)["offset"][row]) + 150, b"!!")
+        patch(folder / manifest.shards[shard].name, int(records(folder, shard)["offset"][row]) + 150, b"!!")
     config = DataConfig(path=str(folder), lanes=4, window=10, max_bad_fraction=0.01, prefetch_bytes=2**20)
     with StreamingLoader(config, seed=3, global_batch_size=12) as whole:
         expected = [next(whole).sample_ids.tolist() for _ in range(20)]
@@ -306,7 +213,7 @@ def test_substitutes_do_not_depend_on_ranks_or_resumes(copies: Callable[[int], t
 def test_too_many_bad_samples_stop_the_run(copies: Callable[[int], tuple[Path, Manifest]]) -> None:
     folder, manifest = copies(0)
     for row in range(12):
-        patch(folder / manifest.shards[0].name, int(records(folder, manifest, 0)["offset"][row]) + 150, b"!!")
+        patch(folder / manifest.shards[0].name, int(records(folder, 0)["offset"][row]) + 150, b"!!")
     loader = open_loader(folder, max_bad_fraction=1e-3)
     with pytest.raises(DataError, match=r"11 of the last \d+ samples were bad.*checksum 1\d\. Latest: shards/"):
         serve(loader, 20)

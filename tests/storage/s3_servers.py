@@ -89,7 +89,7 @@ class FaultProxy:
     """Forwards to a server; each request first takes the next fault of the script, if its method matches.
 
     Faults: ``500``, ``503``, ``503/2`` (Retry-After 2), ``429``, ``403/Code``, ``reset``, ``short`` (half of the
-    body, then the connection closes), ``stall`` (half of the body, then nothing), ``flip`` (one wrong byte),
+    body, then the connection closes), ``stall`` (half of the body, then nothing), ``flip`` (the first byte is wrong; ``flip/7``: byte 7),
     ``noise`` (only wrong bytes), ``html`` (200 with a web page), ``norange`` (200 with the whole object), ``lost``
     (done, but the answer is lost).
     """
@@ -171,7 +171,8 @@ class FaultProxy:
             if kind == "noise":
                 data = bytes(byte ^ 1 for byte in data)
             if kind == "flip":
-                data = bytes([data[0] ^ 1]) + data[1:]
+                place = int(argument or "0")
+                data = data[:place] + bytes([data[place] ^ 1]) + data[place + 1 :]
             self._answer(request, answer.status, kept, data)
 
     def _whole_object(self, path: str) -> tuple[dict[str, str], bytes]:
