@@ -87,8 +87,8 @@ class RemoteSource(ShardSource):
         """A whole shard has one version by itself: it comes in one answer, or its pieces name the first one's."""
         entry = self.manifest.shards[shard]
         whole = (start, stop) == (0, entry.bytes)
-        extent = (None, None, None) if whole else (start, stop - start, self._version(shard))
         try:
+            extent = (None, None, None) if whole else (start, stop - start, self._version(shard))
             with path.open("wb", buffering=0) as file:
                 received = self.storage.stream(entry.name, file.write, *extent)
         except MissingObjectError:

@@ -70,7 +70,8 @@ def start_server(kind: str, folder: Path) -> Iterator[S3Server]:
         with ceph_gateway.gateway(root / "ceph") as endpoint:
             yield S3Server("ceph", endpoint, ceph_gateway.ACCESS_KEY, ceph_gateway.SECRET_KEY)
         return
-    warnings.warn(server_kind()[1], stacklevel=2)  # so that it is said at the end of the tests
+    chosen, why = server_kind()  # said at the end of the tests
+    warnings.warn(why if chosen == "moto" else "S3 tests of this folder run against moto's server", stacklevel=2)
     from moto.server import ThreadedMotoServer
 
     with socket.socket() as probe:
@@ -89,9 +90,9 @@ class FaultProxy:
     """Forwards to a server; each request first takes the next fault of the script, if its method matches.
 
     Faults: ``500``, ``503``, ``503/2`` (Retry-After 2), ``429``, ``403/Code``, ``reset``, ``short`` (half of the
-    body, then the connection closes), ``stall`` (half of the body, then nothing), ``flip`` (the first byte is wrong; ``flip/7``: byte 7),
-    ``noise`` (only wrong bytes), ``html`` (200 with a web page), ``norange`` (200 with the whole object), ``lost``
-    (done, but the answer is lost).
+    body, then the connection closes), ``stall`` (half of the body, then nothing), ``flip`` (one wrong byte; ``flip/7``:
+    byte 7), ``noise`` (only wrong bytes), ``html`` (200 with a web page), ``norange`` (200 with the whole object),
+    ``lost`` (done, but the answer is lost).
     """
 
     target: str
@@ -115,6 +116,11 @@ class FaultProxy:
         self._server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self._server.daemon_threads = True
         threading.Thread(target=self._server.serve_forever, daemon=True).start()
+        return self.address
+
+    @property
+    def address(self) -> str:
+        """Where it listens."""
         return f"http://127.0.0.1:{self._server.server_address[1]}"
 
     def stop(self) -> None:
