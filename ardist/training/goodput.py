@@ -99,16 +99,25 @@ def summarise(run_dir: Path, useful_seconds: float) -> Record | None:
 
 
 def wall_seconds(records: Iterable[Record]) -> float:
-    """Time of all supervisors from start to end; for one that still runs, to now."""
+    """Time of all supervisors from start to end; for one that still runs, to now. Of one that was killed, and wrote no
+    end, the time counts until the next one began: there is one at a time."""
     last: dict[str, Record] = {}
+    began: dict[str, float] = {}
     for record in records:
         last[record["job"]] = record
+        began.setdefault(record["job"], record["time"] - _clock(record))
+    ends = [*list(began.values())[1:], time.time()]
     total = 0.0
-    for record in last.values():
-        total += float(record["at"] if record["event"] == "first_step" else record["ended"])
+    for record, end in zip(last.values(), ends, strict=True):
+        total += _clock(record)
         if record["event"] == "first_step":
-            total += max(0.0, time.time() - record["time"])
+            total += max(0.0, end - record["time"])
     return total
+
+
+def _clock(record: Record) -> float:
+    """Seconds since its supervisor's start at which a record was made."""
+    return float(record["at"] if record["event"] == "first_step" else record["ended"])
 
 
 def _total(rows: list[Record]) -> Record:

@@ -287,3 +287,14 @@ def test_the_marks_of_other_jobs_are_left_alone() -> None:
         assert child.wait(5) == -signal.SIGKILL
     finally:
         child.kill()
+
+
+def test_a_killed_supervisor_does_not_count_as_running_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    first_step = {"event": "first_step", "attempt": 1, "resumed_step": 0, "ranks": 1}
+    killed = {**first_step, "job": "a", "at": 5.0, "time": 1005.0}
+    next_one = {**first_step, "job": "b", "at": 4.0, "time": 1034.0}
+    ended = {"event": "end", "job": "b", "attempt": 1, "began": 0.0, "ended": 70.0, "cause": "done", "time": 1100.0}
+    monkeypatch.setattr(goodput.time, "time", lambda: 1050.0)
+    assert goodput.wall_seconds([killed]) == 50, "as far as anybody knows it still runs"
+    assert goodput.wall_seconds([killed, next_one]) == 30 + 20, "it ended when the next one began, at 1030"
+    assert goodput.wall_seconds([killed, next_one, ended]) == 30 + 70
