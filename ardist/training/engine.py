@@ -20,6 +20,7 @@ from ardist.training.distributed import World
 from ardist.training.fragments import Fragments
 from ardist.training.frozen import FrozenWeights
 from ardist.training.guard import DeviceGuard, SpikeGuard
+from ardist.training.loss_scale import LossScale
 from ardist.training.optimizer import build_optimizer
 from ardist.training.spikes import SpikeDetector
 
@@ -132,6 +133,7 @@ class Engine:
         self.fragments = Fragments(self.deepspeed, world, frozen)
         self.fragments.prepare_fresh()
         self.fragments.self_check()
+        self.loss_scale = LossScale(self.deepspeed.optimizer, config.training.precision)
         self.spikes = spike_detector(config, world)
         self.guard: DeviceGuard | None = None
         self.spike_guard: SpikeGuard | None = None
@@ -190,19 +192,6 @@ class Engine:
             setattr(self.deepspeed, name, int(counters.get(name, 0)))
         self.deepspeed.micro_steps = step * self.accumulation
 
-    def loss_scaler(self) -> dict[str, float]:
-        """State of the dynamic loss scaler (fp16), else empty."""
-        scaler = getattr(self.deepspeed.optimizer, "loss_scaler", None)
-        if self.config.training.precision != "fp16" or scaler is None:
-            return {}
-        return {name: float(getattr(scaler, name)) for name in SCALER_FIELDS if hasattr(scaler, name)}
-
-    def set_loss_scaler(self, state: Mapping[str, float]) -> None:
-        """Restore the dynamic loss scaler."""
-        scaler = getattr(self.deepspeed.optimizer, "loss_scaler", None)
-        for name, value in state.items() if scaler is not None else ():
-            setattr(scaler, name, type(getattr(scaler, name))(value))
-
     def save_settings(self, run_dir: Path) -> None:
         """Write the settings DeepSpeed was given to ``deepspeed.json`` of the run directory."""
         path = run_dir / "deepspeed.json"
@@ -219,7 +208,6 @@ def spike_detector(config: TrainConfig, world: World) -> SpikeDetector | None:
 
 
 COUNTERS = ("global_steps", "global_samples", "skipped_steps")
-SCALER_FIELDS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
 
 def _skip_shared_memory_build(world: World) -> None:

@@ -79,7 +79,7 @@ def snapshot(trainer: Trainer) -> Snapshot:
         state={
             "data": trainer.loader.state_dict(),
             "counters": trainer.engine.counters(),
-            "loss_scaler": trainer.engine.loss_scaler(),
+            "loss_scaler": trainer.engine.loss_scale.state(),
             "spikes": [] if trainer.engine.spikes is None else trainer.engine.spikes.state(),
             "history": trainer.history.as_dict(),
             "dataset": trainer.data.describe(),
@@ -133,7 +133,7 @@ def _restore(trainer: Trainer, path: Path, commit: commits.Commit) -> None:
     batch = commit.config.get("training", {}).get("global_batch_size", 0)
     trainer.history.samples = int(commit.state["history"].get("samples", commit.step * batch))
     trainer.engine.set_counters(commit.state["counters"], commit.step)
-    trainer.engine.set_loss_scaler(commit.state["loss_scaler"])
+    trainer.engine.loss_scale.load_state(commit.state["loss_scaler"])
     if trainer.engine.spikes is not None:
         trainer.engine.spikes.load_state(commit.state.get("spikes", []))
     trainer.writer.last_saved = commit.step

@@ -39,7 +39,8 @@ class SkippedSteps(Callback):
     a spike, and which spikes were only to be counted.
 
     A skip that DeepSpeed decided is known at once; what the device decided is read at the next log point. After
-    ``training.max_skipped_in_row`` skips in a row the run goes back to its last checkpoint, once, and then ends.
+    ``training.max_skipped_in_row`` skips in a row the run goes back to its last checkpoint, once, and then ends. In
+    fp16 an overflow does not count as one of them while the loss scale can still fall.
     """
 
     def __init__(self) -> None:
@@ -66,14 +67,15 @@ class SkippedSteps(Callback):
         skips = _values([step.outcome.skipped for step in self._open])
         spikes = _values([step.outcome.spike for step in self._open])
         for step, skipped, spike in zip(self._open, skips, spikes, strict=True):
-            self._in_row = self._in_row + 1 if skipped else 0
-            if skipped or spike:
-                self._report(trainer, step, skipped, spike)
+            answered = (skipped or spike) and self._report(trainer, step, skipped, spike)
+            if not answered:
+                self._in_row = self._in_row + 1 if skipped else 0
         self._open.clear()
         if self._in_row >= trainer.config.training.max_skipped_in_row:
             self._give_up(trainer)
 
-    def _report(self, trainer: Trainer, step: _Step, skipped: bool, spike: bool) -> None:
+    def _report(self, trainer: Trainer, step: _Step, skipped: bool, spike: bool) -> bool:
+        """Count and write down; True for an overflow in fp16 that a lower loss scale is the answer to."""
         trainer.history.skipped_steps += skipped
         loss = float(step.loss)
         device_ids = step.sample_ids.to(trainer.world.device)
@@ -84,21 +86,29 @@ class SkippedSteps(Callback):
             **trainer.objective.describe(device_ids, step.epoch, step.num_frames),
         }
         ranks = trainer.world.all_gather(mine)
+        guilty = [rank["rank"] for rank in ranks if isinstance(rank["loss"], str)]
+        scale = trainer.engine.loss_scale
+        overflow = skipped and not spike and not guilty and scale.value is not None
+        answered = overflow and scale.can_fall
         if not trainer.world.is_main:
-            return
-        reason = "gradient spike" if spike else "not finite"
+            return answered
+        reason = "gradient spike" if spike else "fp16 overflow" if overflow else "not finite"
         norm = None if step.outcome.grad_norm is None else float(step.outcome.grad_norm)
         if spike:
             events.count("training.gradient_spike", step=step.step, grad_norm=norm, skipped=skipped)
         if skipped:
-            guilty = [rank["rank"] for rank in ranks if isinstance(rank["loss"], str)]
             events.count("training.skipped_step", step=step.step, reason=reason, ranks_with_bad_loss=guilty)
+        if overflow and not answered:
+            events.count("training.loss_scale_floor", step=step.step, loss_scale=scale.value)
         record = {"step": step.step, "epoch": step.epoch, "reason": reason, "skipped": skipped}
+        if scale.value is not None:
+            record["loss_scale"] = scale.value
         finite_norm = norm if norm is not None and math.isfinite(norm) else str(norm)
         try:
             append_line(trainer.run.skipped_steps, {**record, "grad_norm": finite_norm, "ranks": ranks})
         except OSError as error:
             events.count("metrics.failed", step=step.step, reason=error)
+        return answered
 
     def _give_up(self, trainer: Trainer) -> None:
         count, self._in_row = self._in_row, 0
