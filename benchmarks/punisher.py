@@ -96,7 +96,7 @@ class Punisher:
         self.end = seconds
         self.chance = random.Random(seed)
         self.data = write_latents(directory / "latents")
-        self.steps = max(60, int(1.3 * seconds))
+        self.steps = max(60, int(1.6 * seconds))
         self.changes: dict[str, Any] = {
             "training__steps": self.steps,
             "training__global_batch_size": 12,
