@@ -23,9 +23,9 @@ from ardist.config import TrainConfig, load_config
 from ardist.config.launch import LaunchConfig
 from ardist.errors import ArdistError, HardwareError
 from ardist.launch.engines import launches
-from ardist.launch.local import count_gpus, free_port, rank_environment
+from ardist.launch.local import check_port, count_gpus, free_port, rank_environment
 from ardist.launch.nodes import LocalNode
-from ardist.launch.wire import code_digest, line, pack_state, unpack_placement
+from ardist.launch.wire import code_digest, decode, line, pack_state, unpack_placement
 
 REPORT_SECONDS = 0.5
 
@@ -68,6 +68,12 @@ class Agent:
                 self._node.kill()
             self._flush()
 
+    def answer(self, word: str) -> int:
+        """Greet whoever can only give one word on the command line, and leave."""
+        self._greet(decode(word))
+        self._flush()
+        return 0
+
     def _obey(self, message: Mapping[str, Any]) -> bool:
         word = message["do"]
         if word == "greet":
@@ -91,10 +97,16 @@ class Agent:
             self._limits, digest = config.launch, config.digest()
         except ArdistError as error:
             problem = str(error)
+        busy = None
+        if message["port"] is not None:
+            try:
+                check_port(message["port"])
+            except HardwareError as error:
+                busy = str(error)
         self._say(
             {
                 "hello": socket.gethostname(), "code": code_digest(), "config": digest, "problem": problem,
-                "gpus": count_gpus(), "free_port": free_port(), "time": time.time(),
+                "busy": busy, "gpus": count_gpus(), "free_port": free_port(), "time": time.time(),
             }
         )  # fmt: skip
 
@@ -128,9 +140,9 @@ class Agent:
 
 
 def main() -> int:
-    """The program."""
+    """The program; with a word it only answers that."""
     log.configure()
-    return Agent().run()
+    return Agent().run() if len(sys.argv) == 1 else Agent().answer(sys.argv[1])
 
 
 if __name__ == "__main__":

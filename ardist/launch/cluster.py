@@ -71,13 +71,14 @@ class Cluster:
         Raises `HardwareError` for machines that cannot be reached, do not have what the hostfile says, or are too few,
         and `ConfigError` for machines with another code or configuration.
         """
-        remotes, answers, problems = self._greet_all()
+        remotes, answers, problems = self._greet_all(attempt)
         try:
+            unfit = {name for name, _ in problems} | {name for name in answers if answers[name].get("busy")}
             problems += self._disagreements(answers)
             lost = {name for name, _ in problems}
             if problems and attempt == 1:
                 text = "\n".join(f"  {problem}" for _, problem in problems)
-                error = ConfigError if all(name in answers for name in lost) else HardwareError
+                error = HardwareError if unfit else ConfigError
                 raise error(f"the job cannot start on these machines:\n{text}")
             for name, problem in problems:
                 events.count("launch.machine_lost", host=name, reason=problem)
@@ -100,7 +101,9 @@ class Cluster:
                 remote.kill()
         return nodes
 
-    def _greet_all(self) -> tuple[dict[str, RemoteNode], dict[str, dict[str, Any]], list[tuple[str, str]]]:
+    def _greet_all(
+        self, attempt: int
+    ) -> tuple[dict[str, RemoteNode], dict[str, dict[str, Any]], list[tuple[str, str]]]:
         seconds = self._order.config.launch.node_seconds
         answers: dict[str, dict[str, Any]] = {}
         problems: list[tuple[str, str]] = []
@@ -112,7 +115,11 @@ class Cluster:
         def greet(name: str) -> None:
             try:
                 answers[name] = remotes[name].greet(
-                    self._order.path, self._order.overrides, environment, seconds=max(seconds, 10.0)
+                    self._order.path,
+                    self._order.overrides,
+                    environment,
+                    port=self._port_of(name) if attempt == 1 else None,
+                    seconds=max(seconds, 10.0),
                 )
             except HardwareError as error:
                 problems.append((name, str(error)))
@@ -120,6 +127,10 @@ class Cluster:
         with ThreadPoolExecutor(max_workers=64) as pool:
             list(pool.map(greet, remotes))
         return remotes, answers, problems
+
+    def _port_of(self, name: str) -> int | None:
+        """The port that the user chose on the first machine of the file; None on any other."""
+        return self._master[1] if name == self._hosts[0].name else None
 
     def _disagreements(self, answers: dict[str, dict[str, Any]]) -> list[tuple[str, str]]:
         """What keeps a machine that answers from taking part."""
@@ -129,6 +140,8 @@ class Cluster:
             if answer["problem"] is not None:
                 problems.append((name, f"{name}: {answer['problem']}"))
                 continue
+            if answer.get("busy") is not None:
+                problems.append((name, f"{name}: {answer['busy']}"))
             for kind, digest in mine.items():
                 if answer[kind] != digest:
                     problems.append(
@@ -148,13 +161,7 @@ class Cluster:
         attempt: int,
         job: str,
     ) -> list[Node]:
-        first = hosts[0].name
-        address, port = self._master
-        if port is None:
-            port = int(answers[first]["free_port"]) if first in answers else free_port()
-        # The meeting point named by the user is on the first machine of the file; without that machine it is void.
-        if address is None or first != self._hosts[0].name:
-            address = "127.0.0.1" if len(hosts) == 1 else first
+        address, port = self._meeting_point(hosts, answers)
         order, nodes = self._order, list[Node]()
         for index, host in enumerate(hosts):
             placement = Placement(hosts, index, address, port)
@@ -171,6 +178,17 @@ class Cluster:
             )
             nodes.append(remote)
         return nodes
+
+    def _meeting_point(self, hosts: tuple[Host, ...], answers: dict[str, dict[str, Any]]) -> tuple[str, int]:
+        """Address and port on the first machine where the ranks find each other."""
+        first = hosts[0].name
+        address, port = self._master
+        if port is None:
+            port = int(answers[first]["free_port"]) if first in answers else free_port()
+        # What the user named is on the first machine of the file; without that machine it is void.
+        if address is None or first != self._hosts[0].name:
+            address = "127.0.0.1" if len(hosts) == 1 else first
+        return address, port
 
 
 def start_alone(order: Order, placement: Placement) -> Callable[[int, str], list[Node]]:

@@ -97,11 +97,24 @@ def _deepspeed(placement: Placement, program: Sequence[str], scratch: Path, debu
         # No hostfile: an empty one keeps the launcher from reading the machine's own.
         words += ["--hostfile", str(scratch / "no-hostfile"), "--num_gpus", str(placement.local_size)]
     else:
-        hostfile = scratch / "hostfile"
-        hostfile.write_text("".join(f"{host.name} slots={host.slots}\n" for host in placement.hosts), encoding="utf-8")
-        words += ["--hostfile", str(hostfile), "--no_ssh", "--node_rank", str(placement.node)]
+        words += ["--hostfile", _hostfile(placement, scratch), "--no_ssh", "--node_rank", str(placement.node)]
     words += ["--master_addr", placement.master_addr, "--master_port", str(placement.master_port)]
     return [*words, "--module", *program]
+
+
+def one_for_all(placement: Placement, program: Sequence[str], scratch: Path, *, debug: bool = False) -> list[str]:
+    """DeepSpeed's launcher, which starts the ranks of all machines by pdsh; no word of `program` may mean anything to
+    a shell."""
+    words = [sys.executable, "-m", "deepspeed.launcher.runner", "--log_level", "info" if debug else "error"]
+    words += ["--launcher", "pdsh", "--force_multi", "--no_ssh_check", "--hostfile", _hostfile(placement, scratch)]
+    words += ["--master_addr", placement.master_addr, "--master_port", str(placement.master_port)]
+    return [*words, "--module", *program]
+
+
+def _hostfile(placement: Placement, scratch: Path) -> str:
+    path = scratch / "hostfile"
+    path.write_text("".join(f"{host.name} slots={host.slots}\n" for host in placement.hosts), encoding="utf-8")
+    return str(path)
 
 
 def _is_address(name: str) -> bool:

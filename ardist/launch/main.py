@@ -14,6 +14,7 @@ from ardist.launch.engines import ENGINES, MODULE, Host, Placement
 from ardist.launch.hosts import is_here, read_hostfile
 from ardist.launch.local import count_gpus
 from ardist.launch.nodes import Node
+from ardist.launch.pdsh import PdshCluster
 from ardist.launch.supervisor import Supervisor
 
 DEFAULT_PORT = 29500
@@ -26,13 +27,17 @@ def parser() -> argparse.ArgumentParser:
         description="Train on several GPUs or CPU processes, on one machine or many, and start again what dies.",
         epilog="Exit codes: 0 done, 2 bad configuration, 3 bad data, 4 bad machine (a rank was killed or hung, a "
         "machine was lost, and restarts did not help), 75 stopped and saved: run again. How long a hang may last and "
-        "how often is started again is set by launch.* in the configuration.",
+        "how often is started again is set by launch.* in the configuration. With a hostfile each restart takes the "
+        "machines that answer: a job goes on without one that is lost, and one that is back takes part from the next "
+        "restart on, not before; to have it at once, stop the job with SIGTERM and run the same command.",
     )
     words.add_argument("--ranks", type=int, help="processes on this machine; default: every GPU, or 1 on a CPU")
     words.add_argument("--launcher", choices=ENGINES, default=ENGINES[0], help="what starts the ranks of a machine")
     words.add_argument("--hostfile", help="machines and their slots, one 'name slots=8' per line")
     words.add_argument("--num-nodes", type=int, help="the first N machines of the hostfile; with --no-ssh: how many")
-    words.add_argument("--remote-shell", default="ssh", help="how other machines are reached: ssh, srun, or like ssh")
+    words.add_argument(
+        "--remote-shell", default="ssh", help="how other machines are reached: ssh, srun, pdsh, or like ssh"
+    )
     words.add_argument("--no-ssh", action="store_true", help="start on this machine only; run this on every machine")
     words.add_argument("--node-rank", type=int, help="with --no-ssh: number of this machine, from 0")
     words.add_argument("--master-addr", help="address of the first machine, as the others see it")
@@ -63,7 +68,8 @@ def run(options: argparse.Namespace, module: str = MODULE) -> int:
     config = load_config(TrainConfig, options.config, options.overrides)
     order = Order(config, options.config, tuple(options.overrides), options.launcher, module, options.debug)
     starter = _starter(options, order)
-    return Supervisor(config.launch, run_directory(config), starter).run()
+    first = not options.no_ssh or options.node_rank == 0
+    return Supervisor(config.launch, run_directory(config), starter, keeps_book=first).run()
 
 
 def _starter(options: argparse.Namespace, order: Order) -> Callable[[int, str], Sequence[Node]]:
@@ -80,6 +86,8 @@ def _starter(options: argparse.Namespace, order: Order) -> Callable[[int, str], 
     _check_ranks(order, hosts)
     if len(hosts) > 1 and "localhost" in [host.name for host in hosts]:
         raise ConfigError("the hostfile names localhost beside other machines, which cannot find it under that name")
+    if options.remote_shell == "pdsh":
+        return PdshCluster(order, hosts, options.master_addr, options.master_port).start
     return Cluster(order, hosts, options.remote_shell, options.master_addr, options.master_port).start
 
 

@@ -74,15 +74,19 @@ class LocalNode:
         self._guard: subprocess.Popen[bytes] | None = None
         self._failure: Failure | None = None
 
-    def start(self, launches: list[Launch], environment: Mapping[str, str]) -> None:
-        """Start the processes of an attempt, and first of all the guard that outlives us."""
+    @property
+    def variables(self) -> dict[str, str]:
+        """What ranks of this machine have in their environment so that they can be watched."""
         me = psutil.Process()
-        common = {
-            **environment,
+        return {
             processes.VARIABLE: self._mark,
             DIRECTORY_VARIABLE: str(self.scratch),
             LAUNCHER_VARIABLE: f"{me.pid}:{me.create_time()}",
         }
+
+    def start(self, launches: list[Launch], environment: Mapping[str, str]) -> None:
+        """Start the processes of an attempt, and first of all the guard that outlives us."""
+        common = {**environment, **self.variables}
         reader, self._pipe = os.pipe()
         words = [sys.executable, "-I", "-S", processes.__file__, str(reader), self._mark]
         words.append(str(self._limits.grace_seconds))

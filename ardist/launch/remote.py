@@ -41,6 +41,8 @@ class RemoteNode:
     def __init__(self, name: str, shell: str, node_seconds: float) -> None:
         self.name = name
         self._seconds = node_seconds
+        if os.path.basename(shell) == "pdsh":
+            raise HardwareError(f"pdsh hands no input on, so {name} cannot be asked through it; choose ssh here")
         if shutil.which(shell) is None:
             raise HardwareError(f"{shell!r}, which is to reach {name}, is not on this machine")
         words = remote_words(shell, name, sys.executable, os.getcwd())
@@ -55,10 +57,17 @@ class RemoteNode:
             threading.Thread(target=target, name=f"{target.__name__}-{name}", daemon=True).start()
 
     def greet(
-        self, config: str, overrides: Sequence[str], environment: Mapping[str, str], *, seconds: float
+        self,
+        config: str,
+        overrides: Sequence[str],
+        environment: Mapping[str, str],
+        *,
+        port: int | None = None,
+        seconds: float,
     ) -> dict[str, Any]:
-        """What the machine is; raises `HardwareError` when it cannot be reached in time."""
-        words = {"config": config, "overrides": list(overrides), "environment": dict(environment)}
+        """What the machine is, and whether `port` is free there; raises `HardwareError` when it cannot be reached in
+        time."""
+        words = {"config": config, "overrides": list(overrides), "environment": dict(environment), "port": port}
         self._say({"do": "greet", **words})
         end = time.monotonic() + seconds
         while time.monotonic() < end:

@@ -44,11 +44,22 @@ class Attempt:
 class Supervisor:
     """Runs attempts until the run is done, stopped on request, or not worth another try."""
 
-    def __init__(self, limits: LaunchConfig, run_dir: Path, start: Callable[[int, str], Sequence[Node]]) -> None:
-        """`start` starts all ranks for an attempt's number and the job's name and returns the machines."""
+    def __init__(
+        self,
+        limits: LaunchConfig,
+        run_dir: Path,
+        start: Callable[[int, str], Sequence[Node]],
+        *,
+        keeps_book: bool = True,
+    ) -> None:
+        """`start` starts all ranks for an attempt's number and the job's name and returns the machines.
+
+        Of several supervisors of one run, one on every machine, only the first keeps the book.
+        """
         self._limits = limits
         self._run_dir = run_dir
         self._start = start
+        self._keeps_book = keeps_book
         self._job = secrets.token_hex(4)
         self._began = time.monotonic()
         self._signals: list[tuple[int, float]] = []
@@ -65,7 +76,7 @@ class Supervisor:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
-            if self._run_dir.is_dir():
+            if self._keeps_book and self._run_dir.is_dir():
                 goodput.refresh_summary(self._run_dir)
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
@@ -126,7 +137,7 @@ class Supervisor:
                 "step": outcome.step, "detect_seconds": outcome.seconds, "exit_code": _exit_code(outcome),
             }  # fmt: skip
         # What never trained is not written into what may be another job's run directory.
-        if self._run_dir.is_dir() and (attempt.first_step is not None or attempt.number > 1):
+        if self._keeps_book and self._run_dir.is_dir() and (attempt.first_step is not None or attempt.number > 1):
             name = outcome.cause if isinstance(outcome, Failure) else cause.get(outcome, "stopped at once")
             goodput.note_end(
                 self._run_dir, self._job, attempt.number, began=attempt.began, ended=self._now(), cause=name, **details
@@ -177,7 +188,8 @@ class Supervisor:
         first = min((beat.first_step for beat in beats if beat.first_step is not None), default=None)
         attempt.first_step = first if first is not None else attempt.first_step
         steps = max((beat.step for beat in beats), default=0)
-        if first is not None and steps > first and not attempt.steps and self._run_dir.is_dir():
+        writes = self._keeps_book and self._run_dir.is_dir()
+        if writes and first is not None and steps > first and not attempt.steps:
             goodput.note_first_step(
                 self._run_dir, self._job, attempt.number, at=self._now(), resumed_step=first, ranks=len(beats)
             )

@@ -5,9 +5,11 @@ Nothing but the agent's program name is ever part of a command line there, so no
 
 from __future__ import annotations
 
+import base64
 import dataclasses
 import hashlib
 import json
+import socket
 import time
 from pathlib import Path
 from typing import Any
@@ -59,6 +61,23 @@ def unpack_placement(values: dict[str, Any]) -> Placement:
     """A placement from JSON."""
     hosts = tuple(Host(**host) for host in values["hosts"])
     return Placement(hosts, values["node"], values["master_addr"], values["master_port"])
+
+
+def encode(message: dict[str, Any]) -> str:
+    """A message as one word that means nothing to any shell."""
+    return base64.urlsafe_b64encode(json.dumps(message).encode()).decode()
+
+
+def decode(word: str) -> dict[str, Any]:
+    """The message of such a word."""
+    message: dict[str, Any] = json.loads(base64.urlsafe_b64decode(word))
+    return message
+
+
+def machine_id() -> str:
+    """The same for two processes exactly if one kernel runs both, whatever their host names say (Linux)."""
+    boot = Path("/proc/sys/kernel/random/boot_id")
+    return boot.read_text().strip() if boot.exists() else socket.gethostname()
 
 
 def line(message: dict[str, Any]) -> bytes:

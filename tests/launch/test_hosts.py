@@ -96,7 +96,7 @@ class Silent(RemoteNode):
     def __init__(self, name: str, shell: str, node_seconds: float) -> None:
         self.name = name
 
-    def greet(self, *words: Any, seconds: float) -> dict[str, Any]:
+    def greet(self, *words: Any, **named: Any) -> dict[str, Any]:
         answer = self.answers[self.name]
         if "unreachable" in answer:
             raise HardwareError(f"machine {self.name} cannot be reached")

@@ -109,6 +109,41 @@ def test_a_machine_cut_off_is_named_and_the_rest_goes_on(pair: Pair, tmp_path: P
     assert took < 80
 
 
+def test_a_machine_that_is_back_takes_part_from_the_next_restart_on(pair: Pair, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    process = start(pair, tmp_path, "10.77.0.1 slots=1\n10.77.0.2 slots=1\n", steps=900)
+    wait_for(lambda: (run / "saved").exists())
+    pair.cut()
+    try:
+        wait_for(lambda: ends(run) == 1 and first_steps(run) == 2)
+    finally:
+        pair.mend()
+    for path in (run / "told-1.json", run / "at-1"):
+        path.unlink()
+    time.sleep(1)
+    assert ends(run) == 1, "a machine that is back is no reason to disturb the job"
+    assert not (run / "told-1.json").exists()
+    (run / "fault-0").write_text(f"{int((run / 'history').read_text().split()[-1]) + 50} SIGKILL")
+    wait_for(lambda: ends(run) == 2 and first_steps(run) == 3)
+    told = json.loads((run / "told-1.json").read_text())
+    assert told["environment"]["WORLD_SIZE"] == "2", "the machine takes part again"
+    process.terminate()
+    output = finish(process)
+    assert process.returncode == 75, output
+    assert output.count("this attempt runs on 1 of 2 machines") == 1
+    wait_for(lambda: orphans() == [])
+
+
+def ends(run: Path) -> int:
+    """Attempts that have failed so far."""
+    return len([record for record in goodput.read(run) if record["event"] == "end"])
+
+
+def first_steps(run: Path) -> int:
+    """Attempts that have made a step so far."""
+    return len([record for record in goodput.read(run) if record["event"] == "first_step"])
+
+
 def test_a_machine_that_is_not_there_is_refused(pair: Pair, tmp_path: Path) -> None:
     process = start(pair, tmp_path, "10.77.0.1 slots=1\n10.77.0.9 slots=1\n")
     output = finish(process)

@@ -145,6 +145,11 @@ class Pair:
         """Words before a command that runs on machine `node`."""
         return ["ip", "netns", "exec", self.names[node]]
 
+    def running(self) -> set[int]:
+        """All processes on both machines, whatever they are."""
+        found = [subprocess.run(["ip", "netns", "pids", name], check=True, capture_output=True) for name in self.names]
+        return {int(pid) for one in found for pid in one.stdout.split()}
+
     def cut(self) -> None:
         """Pull the cable out: nothing is refused, nothing arrives."""
         ip("-n", self.names[1], "link", "set", "veth0", "down")
