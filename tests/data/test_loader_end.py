@@ -194,10 +194,10 @@ def test_a_forked_child_owes_nothing_to_the_parents_threads(dataset: Path, how: 
         inner = loader.streams[0]
         assert inner._arena is not None
         assert loader._pipeline is not None
-        # As if the parent's threads stood inside every lock at the moment of the fork.
+        # As if the parent's threads stood inside every lock at the moment of the fork; in the loader's own order.
         assert inner._read_ahead is not None
         with held_by_another(
-            inner._arena._changed, inner._lock, inner._read_ahead._threads._changed, loader._pipeline._changed
+            loader._pipeline._changed, inner._lock, inner._arena._changed, inner._read_ahead._threads._changed
         ):
             child.start()
         theirs = queue.get()

@@ -1,12 +1,16 @@
-"""The same order in real processes: gloo ranks that are killed at any moment and start again in another number."""
+"""The same order in real processes: ranks that are killed at any moment and start again in another number; processes
+that are spawned, and such that fork while a loader is open."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import multiprocessing
 import os
 import random
 import signal
+import subprocess
+import sys
 import time
 from datetime import timedelta
 from pathlib import Path
@@ -15,10 +19,12 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed
-from dataset_factory import make_dataset
+from dataset_factory import latent, make_dataset
+from spawned import serve_rank, taken
 
 from ardist.config.data import DataConfig
-from ardist.data.loader import StreamingLoader
+from ardist.data.loader import StreamingLoader, open_loader
+from ardist.storage import open_storage
 
 GLOBAL_BATCH, STEPS = 24, 60
 
@@ -111,3 +117,111 @@ def test_killed_ranks_continue_the_same_order_in_any_number(tmp_path: Path) -> N
     assert kills >= 3
     assert set(sizes) == {1, 2, 3, 4}
     assert got[-1]["epoch"] >= 4
+
+
+def mixed(folder: Path, by: str) -> DataConfig:
+    """Clips and images beside each other."""
+    make_dataset(folder / "clips", [60, 50, 45])
+    shape = (1, 3, 4) if by == "step" else (2, 3, 4)
+    make_dataset(folder / "more", [120, 100], shape=shape, make=lambda number, size: latent(1000 + number, size))
+    parts = [{"path": str(folder / name), "weight": weight} for name, weight in (("clips", 2), ("more", 1))]
+    return DataConfig(mixture=parts, mixture_by=by, lanes=12, window=8, prefetch_bytes=2**20)
+
+
+@pytest.mark.parametrize("kind", ["one dataset", "by sample", "by step", "remote"])
+def test_spawned_processes_deliver_the_exact_batches(tmp_path: Path, kind: str, request: pytest.FixtureRequest) -> None:
+    """As many a launcher starts its ranks; what they resume from is what this process has come to."""
+    if kind in ("by sample", "by step"):
+        config = mixed(tmp_path, kind.removeprefix("by "))
+    else:
+        make_dataset(tmp_path / "data", [60, 50, 45])
+        config = config_of(tmp_path / "data")
+    if kind == "remote":
+        url = request.getfixturevalue("bucket_url")
+        for path in (tmp_path / "data").rglob("*"):
+            if path.is_file():
+                open_storage(url).put(path.relative_to(tmp_path / "data").as_posix(), path)
+        config = config.model_copy(update={"path": url, "cache_dir": str(tmp_path / "cache")})
+    with open_loader(config, seed=9, global_batch_size=GLOBAL_BATCH) as loader:
+        taken(loader, 3)
+        state = loader.state_dict()
+        context = multiprocessing.get_context("spawn")
+        queue = context.Queue()
+        ranks = [context.Process(target=serve_rank, args=(config, state, 8, rank, 2, queue)) for rank in range(2)]
+        for process in ranks:
+            process.start()
+        answers = sorted(queue.get(timeout=120) for _ in ranks)
+        for process in ranks:
+            process.join(60)
+            assert process.exitcode == 0
+        expected = taken(loader, 8)
+        states = [answer[2] for answer in answers]
+        assert states == [loader.state_dict()] * 2
+    halves = zip(answers[0][1], answers[1][1], strict=True)
+    assert [(a[0], a[1] + b[1], a[2] + b[2]) for a, b in halves] == expected
+    for _, _, _, threads, modules in answers:
+        assert threads <= 2, "the queue's own thread beside the main one"
+        assert modules == [], "a spawned process imports nothing of this test"
+
+
+FORKING = """
+import gc, hashlib, os, signal, sys, threading
+from ardist.config.data import DataConfig
+from ardist.data.loader import open_loader
+
+config = DataConfig(path=sys.argv[1], lanes=12, window=8, prefetch_bytes=2**20, fetch_threads=3)
+loader = open_loader(config, seed=9, global_batch_size=24)
+ids = []
+for step in range(30):
+    ids += next(loader).sample_ids.tolist()
+    if step % 10 != 3:
+        continue
+    stream = loader.streams[0]
+    # In the order in which the loader takes them.
+    locks = [loader._pipeline._changed, stream._lock, stream._arena._changed, stream._read_ahead._threads._changed]
+    taken, release = threading.Event(), threading.Event()
+
+    def hold():
+        # As if a reading thread stood inside every lock at the moment of the fork.
+        for lock in locks:
+            lock.acquire()
+        taken.set()
+        release.wait()
+        for lock in locks:
+            lock.release()
+
+    holder = threading.Thread(target=hold)
+    holder.start()
+    taken.wait()
+    child = os.fork()
+    if child == 0:
+        signal.alarm(40)
+        if sys.argv[2] == "close":
+            loader.close()
+            os._exit(0)
+        if sys.argv[2] == "forget":
+            del loader, stream, locks
+            gc.collect()
+            os._exit(0)
+        sys.exit(0)  # with all that the end of a program does
+    release.set()
+    holder.join()
+    _, status = os.waitpid(child, 0)
+    assert status == 0, status
+loader.close()
+assert threading.active_count() == 1
+print(hashlib.sha256(repr(ids).encode()).hexdigest())
+"""
+
+
+@pytest.mark.parametrize("how", ["close", "forget", "end"])
+def test_a_fork_while_a_loader_reads_harms_neither_side(tmp_path: Path, how: str) -> None:
+    """Children in the middle of reading end at once, each in its own way, and the parent's order goes on."""
+    make_dataset(tmp_path, [60, 50, 45, 61, 30, 17])
+    with StreamingLoader(config_of(tmp_path), seed=9, global_batch_size=GLOBAL_BATCH) as loader:
+        ids = [number for _ in range(30) for number in next(loader).sample_ids.tolist()]
+    command = [sys.executable, "-W", "error::ResourceWarning", "-c", FORKING, str(tmp_path), how]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == hashlib.sha256(repr(ids).encode()).hexdigest()
+    assert "Error" not in done.stderr
