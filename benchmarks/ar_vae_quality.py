@@ -35,6 +35,7 @@ def stage_two(root: Path, steps: int) -> dict[str, object]:
         "run_dir": str(root / "stage2"),
         "init_from": str(root / "bundle1"),
         "trainable": "temporal",
+        "augmentation": {"latent_noise": 0.3},
         "ar_vae": {"preset": "tiny", "temporal": True},
         "data": {"path": str(root / "clips"), "lanes": 4, "window": 16},
         "optimizer": {"lr": 5e-4, "betas": [0.9, 0.99], "weight_decay": 0.0, "schedule": "cosine", "warmup_steps": 5},

@@ -204,6 +204,13 @@ class AugmentationConfig(Section):
     flip: bool = Field(True, description="mirror half of the clips left-right")
     shift: int = Field(0, ge=0, description="largest shift in pixels, borders mirrored")
     colour: float = Field(0.0, ge=0, le=0.5, description="largest relative change of each channel's contrast and level")
+    latent_noise: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="largest standard deviation of noise on the unit-length latents that are decoded, each clip its "
+        "own; teaches the temporal blocks of stage 2 to steady what flickers",
+    )
 
 
 class TrainConfig(Section):

@@ -41,6 +41,8 @@ class Purpose(enum.IntEnum):
     VALIDATION = 9
     SHIFT = 10
     COLOUR = 11
+    LATENT_NOISE = 12
+    LATENT_NOISE_AMOUNT = 13
 
 
 _WORD = 0xFFFFFFFF

@@ -1,4 +1,4 @@
-"""Small random changes of training frames, the same for all frames of a clip: mirror, shift, colour.
+"""Small random changes of training frames, the same for all frames of a clip: mirror, shift, colour; noise on latents.
 
 What a sample is given is a function of (seed, epoch, sample id), as all randomness here. Few videos make an
 autoencoder remember frames; these changes leave every frame a plausible one.
@@ -32,6 +32,15 @@ def draw(config: AugmentationConfig, seed: int, epoch: int, sample_ids: Int64[Te
         spread = 2.0 * counter_rng.uniform(seed, epoch, sample_ids, Purpose.COLOUR, (2, 3)) - 1.0
         drawn["colour"] = config.colour * spread
     return drawn
+
+
+def latent_noise(
+    config: AugmentationConfig, seed: int, epoch: int, sample_ids: Int64[Tensor, " b"], shape: tuple[int, int, int]
+) -> Float[Tensor, "b f l c"]:
+    """What is added to each clip's latents of `shape` [f, l, c]: normal noise, in an amount of the clip's own."""
+    amount = counter_rng.uniform(seed, epoch, sample_ids, Purpose.LATENT_NOISE_AMOUNT, (1, 1, 1))
+    noise = counter_rng.normal(seed, epoch, sample_ids, Purpose.LATENT_NOISE, shape)
+    return config.latent_noise * amount * noise
 
 
 def choose_frames(

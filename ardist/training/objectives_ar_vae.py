@@ -77,8 +77,12 @@ class AutoencoderObjective:
             self.config.augmentation, batch.values, self.config.seed, batch.epoch, batch.sample_ids
         )
         inputs: Inputs = {"pixels": pixels, **drawn}
+        shape = (pixels.shape[1], self.model_config.tokens_per_frame, self.model_config.latent_channels)
+        if self.config.augmentation.latent_noise:
+            inputs["latent_noise"] = augmentation.latent_noise(
+                self.config.augmentation, self.config.seed, batch.epoch, batch.sample_ids, shape
+            )
         if self.loss_config.kl_weight:
-            shape = (pixels.shape[1], self.model_config.tokens_per_frame, self.model_config.latent_channels)
             inputs["noise"] = counter_rng.normal(
                 self.config.seed, batch.epoch, batch.sample_ids, Purpose.POSTERIOR, shape
             )
@@ -90,7 +94,7 @@ class AutoencoderObjective:
         With a KL weight the latents are sampled; without one they are the posterior's mean.
         """
         frames = augmentation.augment(_frames(inputs["pixels"]), inputs)
-        reconstruction, posterior, features = forward(frames, inputs.get("noise"))
+        reconstruction, posterior, features = forward(frames, inputs.get("noise"), inputs.get("latent_noise"))
         if self.adversary is None or not self.adversary.active:
             with self.autocast:
                 loss, terms = self.criterion(reconstruction, frames, posterior)

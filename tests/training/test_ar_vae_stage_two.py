@@ -180,3 +180,17 @@ def test_a_run_of_another_stage_is_not_resumed(tmp_path: Path, data: Path, secon
     config = stage_two(second, data, tmp_path, trainable="all", init_from=None)
     with pytest.raises(ConfigError, match=r"trainable: .* 'temporal' -> 'all'"):
         check_run(config, 1, second / "checkpoints")
+
+
+def test_noise_on_latents_is_the_same_on_every_number_of_ranks_and_absent_from_validation(
+    tmp_path: Path, data: Path, first: Path, second: Path
+) -> None:
+    noisy = {"augmentation__latent_noise": 0.5, "validation__path": str(data), "validation__every": 1}
+    runs = [train_on(ranks, tmp_path / str(ranks), data, first, **noisy) for ranks in (1, 2)]
+    assert losses(runs[0]) == pytest.approx(losses(runs[1]), abs=1e-5)
+    assert abs(losses(runs[0])[0] - losses(second)[0]) > 1e-7, "another input, another loss"
+    # A step so small that it moves nothing: what is left is validation itself.
+    still = train_on(1, tmp_path / "still", data, first, **{**noisy, "optimizer__lr": 1e-12, "training__steps": 1})
+    plain = {"validation__path": str(data), "validation__every": 1, "optimizer__lr": 1e-12, "training__steps": 1}
+    without = train_on(1, tmp_path / "without", data, first, **plain)
+    assert records(still, "validation")[1]["psnr"] == pytest.approx(records(without, "validation")[1]["psnr"], abs=1e-4)

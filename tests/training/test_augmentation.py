@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from ardist.config.training import AugmentationConfig
-from ardist.training.augmentation import augment, draw
+from ardist.training.augmentation import augment, draw, latent_noise
 
 IDS = torch.arange(64)
 ALL = AugmentationConfig(flip=True, shift=3, colour=0.2)
@@ -44,3 +44,15 @@ def test_each_change_is_what_it_says() -> None:
     assert torch.allclose(tinted[0, :, 1], ((frames[0, :, 1] - 0.5) * 1.2 + 0.5).clamp(0, 1))
     assert torch.allclose(tinted[0, :, [0, 2]], frames[0, :, [0, 2]])
     assert torch.allclose(tinted[1], frames[1])
+
+
+def test_noise_on_latents_depends_on_the_sample_alone_and_stays_within_its_limit() -> None:
+    config = AugmentationConfig(latent_noise=0.3)
+    whole = latent_noise(config, 7, 2, IDS, (4, 32, 4))
+    assert whole.shape == (64, 4, 32, 4)
+    assert torch.equal(latent_noise(config, 7, 2, IDS[40:44], (4, 32, 4)), whole[40:44])
+    assert not torch.equal(latent_noise(config, 7, 3, IDS, (4, 32, 4)), whole)
+    amounts = whole.flatten(1).std(dim=1)
+    assert amounts.max() < 0.33
+    assert amounts.min() < 0.03
+    assert 0.12 < amounts.mean() < 0.18

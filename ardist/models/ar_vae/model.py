@@ -73,16 +73,21 @@ class ARVAE(nn.Module):
         return Posterior(*(rearrange(part, "(b f) l c -> b f l c", b=batch) for part in (mean, logvar)))
 
     def forward(
-        self, frames: Float[Tensor, "b f 3 h w"], noise: Float[Tensor, "b f l c"] | None = None
+        self,
+        frames: Float[Tensor, "b f 3 h w"],
+        noise: Float[Tensor, "b f l c"] | None = None,
+        latent_noise: Float[Tensor, "b f l c"] | None = None,
     ) -> tuple[Float[Tensor, "b f 3 h w"], Posterior, Float[Tensor, "bf z h w"]]:
         """Reconstruction (not clamped), posterior and input of the last convolution; for training.
 
-        With `noise` the latents are sampled. Checks shapes but not the range of the frames: no device
-        synchronisation. What `last_layer_gradient` needs comes last.
+        With `noise` the latents are sampled; `latent_noise` is added to what is decoded. Checks shapes but not the
+        range of the frames: no device synchronisation. What `last_layer_gradient` needs comes last.
         """
         self._check_frames(frames)
         posterior = self.posterior(frames)
         latents = posterior.mode() if noise is None else posterior.sample(noise)
+        if latent_noise is not None:
+            latents = unit_norm(latents + latent_noise)
         reconstruction, features = self._pixels(latents, frames.shape[-2:], self.new_cache())
         return reconstruction, posterior, features
 
