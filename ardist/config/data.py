@@ -37,6 +37,13 @@ class DataConfig(Section):
     prefetch_bytes: int = Field(256 * 2**20, ge=2**20, description="bound of all batch buffers of one rank")
     cache_dir: PathText | None = Field(None, description="local cache of remote shards; null: the user's cache folder")
     cache_bytes: int = Field(50 * 2**30, ge=0)
+    hedge_after: float = Field(
+        4.0,
+        ge=0,
+        lt=float("inf"),
+        description="ask a second time for a remote read that takes so many times longer than others in the median, "
+        "for one read in twenty at most; 0: never",
+    )
     max_bad_fraction: float = Field(1e-3, ge=0, le=1, description="of the last 10,000 samples; more stops the run")
     missing_shards: Literal["fail", "substitute"] = Field(
         "fail", description="fail: stop at the start and list them; substitute: serve other samples in their place"

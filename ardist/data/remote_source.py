@@ -5,14 +5,16 @@ from __future__ import annotations
 import hashlib
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from io import FileIO
 from pathlib import Path
 from typing import Final
 
 from ardist.config.data import DataConfig
 from ardist.data.cache import DiskCache, default_cache_dir
 from ardist.data.errors import ShardError
+from ardist.data.hedge import HedgedReads, LostRaceError, Read
 from ardist.data.manifest import Manifest
 from ardist.data.source import IndexBytes, LocalSource, ShardSource, index_size, read_or_map
 from ardist.events import events
@@ -26,19 +28,26 @@ _LOOK_UP_EACH: Final = 1000
 
 
 class RemoteSource(ShardSource):
-    """Shards of an object store. What was fetched is checked sample by sample when it is read, as local files are."""
+    """Shards of an object store. What was fetched is checked sample by sample when it is read, as local files are.
+
+    hedge_after: of a read that takes so many times longer than its peers; see `HedgedReads`.
+    """
 
     looks_are_free = False
 
-    def __init__(self, storage: Storage, manifest: Manifest, cache: DiskCache) -> None:
+    def __init__(self, storage: Storage, manifest: Manifest, cache: DiskCache, hedge_after: float = 0.0) -> None:
         super().__init__(storage, manifest)
         self._cache = cache
+        # Indexes are so much shorter than shards that they say nothing about each other's time.
+        self._reads, self._index_reads = HedgedReads(hedge_after), HedgedReads(hedge_after)
         self._versions: dict[int, str] = {}
         self.bytes_fetched = 0
         self.after_fork()
 
     def after_fork(self) -> None:
         self._lock = threading.Lock()
+        self._reads.after_fork()
+        self._index_reads.after_fork()
 
     def parts(self, shard: int) -> int:
         entry = self.manifest.shards[shard]
@@ -48,11 +57,10 @@ class RemoteSource(ShardSource):
         entry = self.manifest.shards[shard]
 
         def fill(path: Path) -> None:
-            data = self.storage.read(entry.index_name)
-            self._fetched(len(data))
-            if hashlib.sha256(data).hexdigest() != entry.index_sha256:
+            received = self._index_reads.run(entry.index_name, self._receive(entry.index_name), path, index_size(entry))
+            self._fetched(received)
+            if hashlib.sha256(path.read_bytes()).hexdigest() != entry.index_sha256:
                 raise ShardError(entry.name, "index", "its index has another sha256 than the manifest says")
-            path.write_bytes(data)
 
         data = read_or_map(self._cache.open(entry.index_sha256, index_size(entry), fill))
         if hashlib.sha256(data).hexdigest() == entry.index_sha256:
@@ -89,8 +97,7 @@ class RemoteSource(ShardSource):
         whole = (start, stop) == (0, entry.bytes)
         try:
             extent = (None, None, None) if whole else (start, stop - start, self._version(shard))
-            with path.open("wb", buffering=0) as file:
-                received = self.storage.stream(entry.name, file.write, *extent)
+            received = self._reads.run(entry.name, self._receive(entry.name, *extent), path, stop - start)
         except MissingObjectError:
             raise ShardError(entry.name, "missing", "the object is missing") from None
         except ChangedObjectError as error:
@@ -101,6 +108,21 @@ class RemoteSource(ShardSource):
         if received != stop - start:
             what = "is" if whole else f"from byte {start} on is"
             raise ShardError(entry.name, "length", f"{what} {received} bytes long, not {stop - start}")
+
+    def _receive(
+        self, name: str, start: int | None = None, length: int | None = None, version: str | None = None
+    ) -> Read:
+        """What asks for these bytes of an object."""
+
+        def receive(file: FileIO, lost: Callable[[], bool]) -> int:
+            def take(data: bytes) -> None:
+                if lost():
+                    raise LostRaceError(name)
+                file.write(data)
+
+            return self.storage.stream(name, take, start, length, version)
+
+        return receive
 
     def _version(self, shard: int) -> str:
         """The version of a shard when it was first read: no later read may mix in another."""
@@ -146,6 +168,8 @@ class RemoteSource(ShardSource):
             "cache_misses": float(self._cache.misses),
             "cache_evicted": float(self._cache.evicted),
             "bytes_fetched": float(self.bytes_fetched),
+            "reads_repeated": float(self._reads.repeated + self._index_reads.repeated),
+            "repeated_reads_won": float(self._reads.won + self._index_reads.won),
         }
 
 
@@ -155,4 +179,4 @@ def open_source(config: DataConfig, path: str, manifest: Manifest) -> ShardSourc
     if not is_remote(path):
         return LocalSource(storage, manifest)
     directory = Path(config.cache_dir).expanduser() if config.cache_dir else default_cache_dir()
-    return RemoteSource(storage, manifest, DiskCache(directory, config.cache_bytes))
+    return RemoteSource(storage, manifest, DiskCache(directory, config.cache_bytes), config.hedge_after)

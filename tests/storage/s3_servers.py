@@ -12,7 +12,6 @@ import os
 import socket
 import struct
 import threading
-import time
 import urllib.parse
 import warnings
 from collections.abc import Iterator
@@ -98,6 +97,8 @@ class FaultProxy:
     target: str
     script: list[tuple[str, str]] = field(default_factory=list)
     seen: list[tuple[str, str, str]] = field(default_factory=list)
+    release: threading.Event = field(default_factory=threading.Event)
+    """Ends every stall when it is set."""
 
     def start(self) -> str:
         """Listen; returns the proxy's address."""
@@ -170,7 +171,7 @@ class FaultProxy:
             request.wfile.write(data[: len(data) // 2])
             request.wfile.flush()
             if kind == "stall":
-                time.sleep(float(argument or "5"))
+                self.release.wait(float(argument or "5"))
             request.connection.close()
             request.close_connection = True
         else:
