@@ -49,6 +49,7 @@ def start_here(order: Order, placement: Placement, job: str, attempt: int, *, ad
     if placement.node == 0:
         check_port(placement.master_port)
     node = LocalNode(placement.hosts[placement.node].name, order.config.launch, order.module)
+    node.ranks = placement.local_size
     environment = rank_environment(placement.local_size, address) | {JOB_VARIABLE: f"{job}:{attempt}"}
     node.start(launches(order.engine, placement, order.program, node.scratch, debug=order.debug), environment)
     return node
@@ -198,7 +199,9 @@ def start_alone(order: Order, placement: Placement) -> Callable[[int, str], list
         one = len(placement.hosts) == 1
         port = placement.master_port or free_port()
         place = Placement(placement.hosts, placement.node, placement.master_addr, port)
-        return [start_here(order, place, job, attempt, address=None if one else placement.hosts[placement.node].name)]
+        node = start_here(order, place, job, attempt, address=None if one else placement.hosts[placement.node].name)
+        node.ranks = place.world_size  # the others' launchers do not write into the book
+        return [node]
 
     return start
 

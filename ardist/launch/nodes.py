@@ -47,6 +47,8 @@ class Node(Protocol):
     """The ranks of one machine, this one or another."""
 
     name: str
+    ranks: int
+    """How many it was given to start; more than beat as long as some have not been heard of."""
 
     def state(self) -> State:
         """How the ranks are now."""
@@ -66,6 +68,7 @@ class LocalNode:
 
     def __init__(self, name: str, limits: LaunchConfig, module: str = MODULE) -> None:
         self.name = name
+        self.ranks = 0
         self._module = module
         self.scratch = Path(tempfile.mkdtemp(prefix="ardist-"))
         self._mark = secrets.token_hex(8)

@@ -97,6 +97,7 @@ class PdshCluster(Cluster):
         address, port = self._meeting_point(hosts, answers)
         place = Placement(hosts, 0, address, port)
         node = PdshNode("pdsh", self._order.config.launch, self._order.module)
+        node.ranks = place.world_size
         message = {
             "program": self._order.program,
             "hosts": [host.name for host in hosts],

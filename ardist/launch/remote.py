@@ -18,7 +18,7 @@ from typing import Any
 from ardist.errors import HardwareError
 from ardist.launch.nodes import State
 from ardist.launch.watchdog import Failure
-from ardist.launch.wire import line, unpack_state
+from ardist.launch.wire import line, unpack_placement, unpack_state
 
 PING_SECONDS = 1.0
 STACK_SECONDS = 5.0
@@ -40,6 +40,7 @@ class RemoteNode:
 
     def __init__(self, name: str, shell: str, node_seconds: float) -> None:
         self.name = name
+        self.ranks = 0
         self._seconds = node_seconds
         if os.path.basename(shell) == "pdsh":
             raise HardwareError(f"pdsh hands no input on, so {name} cannot be asked through it; choose ssh here")
@@ -82,6 +83,8 @@ class RemoteNode:
 
     def start(self, **order: Any) -> None:
         """Have the agent start its ranks."""
+        placement = unpack_placement(order["placement"])
+        self.ranks = placement.local_size
         self._say({"do": "start", **order})
 
     def state(self) -> State:

@@ -38,7 +38,6 @@ class Attempt:
     began: float
     first_step: int | None = None
     steps: int = 0
-    ranks: int = 0
 
 
 class Supervisor:
@@ -152,7 +151,7 @@ class Supervisor:
                 return code
             states = [node.state() for node in nodes]
             beats = [beat for state in states for beat in state.beats]
-            self._note_steps(attempt, beats)
+            self._note_steps(attempt, beats, max(len(beats), sum(node.ranks for node in nodes)))
             failures = [state.failure for state in states if state.failure is not None]
             failure = min(failures, key=lambda one: _BLAME.index(one.cause)) if failures else watchdog.look(beats)
             if failure is not None:
@@ -183,15 +182,14 @@ class Supervisor:
                 node.send_signal(number)
         return None
 
-    def _note_steps(self, attempt: Attempt, beats: Sequence[Any]) -> None:
-        attempt.ranks = max(attempt.ranks, len(beats))
+    def _note_steps(self, attempt: Attempt, beats: Sequence[Any], ranks: int) -> None:
         first = min((beat.first_step for beat in beats if beat.first_step is not None), default=None)
         attempt.first_step = first if first is not None else attempt.first_step
         steps = max((beat.step for beat in beats), default=0)
         writes = self._keeps_book and self._run_dir.is_dir()
         if writes and first is not None and steps > first and not attempt.steps:
             goodput.note_first_step(
-                self._run_dir, self._job, attempt.number, at=self._now(), resumed_step=first, ranks=len(beats)
+                self._run_dir, self._job, attempt.number, at=self._now(), resumed_step=first, ranks=ranks
             )
         attempt.steps = max(0, steps - first) if first is not None else 0
 

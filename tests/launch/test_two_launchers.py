@@ -96,6 +96,7 @@ def test_each_machine_by_its_own_launcher(
     assert sample_ids(run) == sample_ids(one_machine)
     assert losses(run) == losses(one_machine)
     assert json.loads((run / "summary.json").read_text())["launches"]["launches"] == 1, "one of them keeps the book"
+    assert [record["ranks"] for record in goodput.read(run) if record["event"] == "first_step"] == [2]
     wait_until(lambda: not pair.running() - before, 30)
 
 

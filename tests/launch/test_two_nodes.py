@@ -131,6 +131,8 @@ def test_a_machine_that_is_back_takes_part_from_the_next_restart_on(pair: Pair, 
     output = finish(process)
     assert process.returncode == 75, output
     assert output.count("this attempt runs on 1 of 2 machines") == 1
+    records = [record for record in goodput.read(run) if record["event"] == "first_step"]
+    assert [record["ranks"] for record in records] == [2, 1, 2]
     wait_for(lambda: orphans() == [])
 
 
