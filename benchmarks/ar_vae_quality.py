@@ -1,6 +1,6 @@
 """What the AR-VAE reaches on real clips: `tiny` at 64x64, both stages, judged on the last fifth of each clip.
 
-    python benchmarks/ar_vae_quality.py [--dir runs/ar-vae-quality] [--videos FOLDER] [--steps 700] [--clip-steps 60]
+    python benchmarks/ar_vae_quality.py [--dir runs/ar-vae-quality] [--videos FOLDER] [--steps 400] [--clip-steps 40]
 
 Builds pixel shards, trains stage 1 with the quickstart's configuration and stage 2 (temporal blocks only) on top,
 exports both, and prints PSNR, SSIM and flicker beside the best constant colour per clip and the best linear code of as
@@ -35,9 +35,9 @@ def stage_two(root: Path, steps: int) -> dict[str, object]:
         "run_dir": str(root / "stage2"),
         "init_from": str(root / "bundle1"),
         "trainable": "temporal",
-        "augmentation": {"latent_noise": 0.3},
+        "augmentation": {"latent_noise": 0.1},
         "ar_vae": {"preset": "tiny", "temporal": True},
-        "data": {"path": str(root / "clips"), "lanes": 4, "window": 16},
+        "data": {"path": str(root / "clips"), "lanes": 4, "window": 64},
         "optimizer": {"lr": 5e-4, "betas": [0.9, 0.99], "weight_decay": 0.0, "schedule": "cosine", "warmup_steps": 5},
         "training": {
             "steps": steps,
@@ -85,8 +85,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dir", type=Path, default=Path("runs/ar-vae-quality"))
     parser.add_argument("--videos", type=Path, help="a folder of videos instead of the four clips")
-    parser.add_argument("--steps", type=int, default=700, help="of stage 1")
-    parser.add_argument("--clip-steps", type=int, default=60, help="of stage 2")
+    parser.add_argument("--steps", type=int, default=400, help="of stage 1")
+    parser.add_argument("--clip-steps", type=int, default=40, help="of stage 2")
     args = parser.parse_args()
     seconds = make(args.dir, args.videos, args.steps, args.clip_steps)
     title = "AR-VAE tiny, 64x64, held-out last fifth of each clip"

@@ -161,7 +161,10 @@ class ValidationConfig(Section):
 
 
 class SamplesConfig(Section):
-    """Videos that the denoiser samples during training, with the average of the largest decay."""
+    """Videos that the denoiser samples during training, with the average of the largest decay.
+
+    Classes are taken in turn; a denoiser with context is shown its null context.
+    """
 
     every: int | None = Field(None, ge=1, description="steps from one sampling to the next; null: none")
     ar_vae: PathText | None = Field(None, description="bundle with the AR-VAE that made the latents, to decode with")
@@ -312,6 +315,11 @@ class TrainConfig(Section):
             yield (
                 f"samples.differences={list(samples.differences)}; legal: 0 to "
                 f"samples.num_inference_steps={samples.num_inference_steps}"
+            )
+        if samples.guidance_scale != 1 and self.denoiser is not None and self.denoiser.num_classes is None:
+            yield (
+                f"samples.guidance_scale={samples.guidance_scale} guides by classes, and denoiser.num_classes is null; "
+                "legal: 1"
             )
         if len(set(samples.differences)) != len(samples.differences):
             yield f"samples.differences={list(samples.differences)} names a difference twice"

@@ -39,7 +39,11 @@ def can_pack(weight: Tensor) -> bool:
 
 
 def pack_linears(module: nn.Module, *, keep: tuple[str, ...] = ()) -> None:
-    """Replace the linear layers right below `module`, except those named in `keep`, in place."""
+    """Replace the linear layers right below `module`, except those named in `keep`, in place.
+
+    What only derives from a linear layer, or has hooks, does more than a product and stays.
+    """
     for name, child in module.named_children():
-        if isinstance(child, nn.Linear) and name not in keep:
+        hooked = child._forward_hooks or child._forward_pre_hooks
+        if type(child) is nn.Linear and not hooked and name not in keep:
             setattr(module, name, PackedLinear(child))

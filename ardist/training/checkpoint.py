@@ -32,6 +32,9 @@ _log = logging.getLogger("ardist.training")
 
 Tensors = dict[str, torch.Tensor]
 
+FINITE_AT_ONCE = 2**24
+"""Values that are checked at a time: the check needs a byte of memory for each."""
+
 
 @dataclass
 class Snapshot:
@@ -47,6 +50,12 @@ class Snapshot:
     adam_steps: dict[int, float] = field(default_factory=dict)
     ema_updates: int = 0
     kinds: tuple[str, ...] = ()
+
+
+def _said(error: Exception) -> str:
+    """What an error says; of those that are not expected also what they are."""
+    expected = isinstance(error, OSError | ValueError | ArdistError)
+    return str(error) if expected else f"{type(error).__name__}: {error}"
 
 
 class CheckpointWriter:
@@ -73,7 +82,7 @@ class CheckpointWriter:
         self.last_saved: int | None = None
         self.blocked_seconds = 0.0
         # The writing thread talks to its peers over a group of its own, so that it never meets the loop's collectives.
-        self._group = dist.new_group(backend="gloo") if self.world.size > 1 else None
+        self._group = dist.new_group(backend="gloo", timeout=self.world.timeout) if self.world.size > 1 else None
         # Names of writes are counted, not agreed on: a save must not wait for the slowest rank.
         self._nonce = str(self.world.broadcast(secrets.token_hex(4)))
         self._writes = 0
@@ -146,8 +155,8 @@ class CheckpointWriter:
             self._host.wait()
             parts = self._write_parts(self.store.folder_for(write), tensors, extra)
             self.store.deliver(write, parts)
-        except (OSError, ValueError, ArdistError) as error:
-            problem = f"rank {self.world.rank}: {error}"
+        except Exception as error:  # noqa: BLE001 - peers wait for this rank's word, whatever went wrong here
+            problem = f"rank {self.world.rank}: {_said(error)}"
         try:
             report = {
                 "parts": [part.model_dump() for part in parts],
@@ -169,7 +178,7 @@ class CheckpointWriter:
         files = {part_name(self.world.rank, self.world.size): tensors, **extra}
         for file, contents in files.items():
             for kind, tensor in contents.items():
-                if not bool(torch.isfinite(tensor).all()):
+                if not all(bool(torch.isfinite(part).all()) for part in tensor.reshape(-1).split(FINITE_AT_ONCE)):
                     what = f"the {kind} state holds" if contents is tensors else f"{file} would hold"
                     raise ValueError(f"{what} values that are not finite; it is not saved")
         fault.point("checkpoint.before_part")
@@ -192,8 +201,8 @@ class CheckpointWriter:
             if problem is not None:
                 self.store.discard(write)
                 return str(problem)
-        except (OSError, ArdistError) as error:
-            return f"rank 0: {error}"
+        except Exception as error:  # noqa: BLE001 - as above
+            return f"rank 0: {_said(error)}"
         try:
             self.store.prune(self.keep)
         except (OSError, ArdistError) as error:  # the checkpoint is good all the same; the next one prunes again

@@ -27,6 +27,8 @@ class World:
     size: int
     device: torch.device
     control: Any = None
+    timeout: timedelta | None = None
+    """How long a collective waits for the other ranks."""
 
     @property
     def is_main(self) -> bool:
@@ -121,7 +123,7 @@ def start(timeout_minutes: float = 30.0) -> World:
     for name, value in (("RANK", rank), ("WORLD_SIZE", size), ("LOCAL_RANK", local)):
         os.environ.setdefault(name, str(value))
     control = dist.new_group(backend="gloo", timeout=timeout) if size > 1 else None
-    return World(rank, size, device, control)
+    return World(rank, size, device, control, timeout)
 
 
 def stop() -> None:

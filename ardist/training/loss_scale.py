@@ -48,4 +48,5 @@ class LossScale:
         """Continue from a checkpoint; what this kind of scaler does not have is passed over."""
         for name, value in state.items() if self._scaler is not None else ():
             if getattr(self._scaler, name, None) is not None:
-                setattr(self._scaler, name, type(getattr(self._scaler, name))(value))
+                # The first scale is a whole number, later ones need not be.
+                setattr(self._scaler, name, float(value) if name == "cur_scale" else int(value))

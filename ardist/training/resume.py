@@ -86,7 +86,7 @@ def restore(path: Path, commit: Commit, fragments: Fragments, ema: ShardedEMA | 
         if missing:
             raise CheckpointError(
                 f"{path} has no EMA of decay {missing}; it has {list(commit.ema_decays)}. Set training.ema_decays to "
-                "those, or start a new run with --init-from"
+                "those, or start a new run with init_from"
             )
         for decay, buffers in ema.buffers.items():
             for run, buffer in zip(fragments.owned, buffers, strict=True):
@@ -100,7 +100,7 @@ def restore(path: Path, commit: Commit, fragments: Fragments, ema: ShardedEMA | 
 
 @torch.no_grad()
 def load_weights(path: Path, commit: Commit, fragments: Fragments, kind: str = "master") -> None:
-    """Weights only (``--init-from``): masters from the checkpoint's `kind`, no optimiser state. Collective."""
+    """Weights only (``init_from``): masters from the checkpoint's `kind`, no optimiser state. Collective."""
     fill(CheckpointWeights(path, commit, kind), fragments)
 
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 
 PEAK_TFLOPS: dict[str, dict[str, float]] = {
-    # Dense peaks of the vendors' data sheets, without sparsity. The first name that occurs in the device's name counts.
+    # Dense peaks of the vendors' data sheets, without sparsity. The first name that is a word of the device's name
+    # counts; a laptop's chip and other variants of a name are other devices.
     "H200": {"bf16": 989.4, "fp16": 989.4, "fp32": 67.0},
     "H100 PCIe": {"bf16": 756.0, "fp16": 756.0, "fp32": 51.0},
     "H100 NVL": {"bf16": 835.0, "fp16": 835.0, "fp32": 60.0},
@@ -29,7 +31,7 @@ PEAK_TFLOPS: dict[str, dict[str, float]] = {
 def peak_flops(device_name: str, precision: str) -> float | None:
     """Dense peak of one device in FLOP/s, or None when the table does not know it."""
     for name, peaks in PEAK_TFLOPS.items():
-        if name.lower() in device_name.lower():
+        if re.search(rf"\b{name}\b(?! *(?:Laptop|D|Ti|Super|Max-Q|Mobile)\b)", device_name, re.IGNORECASE):
             peak = peaks.get(precision)
             return None if peak is None else peak * 1e12
     return None

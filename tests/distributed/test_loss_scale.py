@@ -47,6 +47,8 @@ def test_state_goes_from_one_scaler_to_the_next(make: Any) -> None:
     other.load_state(json.loads(json.dumps(scale.state())))
     assert other.state() == scale.state() | {"cur_scale": 1.0, "cur_iter": 40.0, "last_overflow_iter": 7.0}
     assert (other.value, other.can_fall) == (1.0, False)
+    other.load_state({"cur_scale": 0.25})
+    assert other.value == 0.25
 
 
 def test_nothing_is_scaled_in_other_precisions_and_a_fixed_scale_cannot_fall() -> None:

@@ -194,6 +194,31 @@ def test_a_full_disk_at_a_checkpoint_is_counted_and_training_goes_on(
     assert losses(tmp_path) == [losses(uninterrupted)[0], *losses(uninterrupted)[2:]]
 
 
+def _train_where_one_save_runs_out_of_memory(config: Any) -> str:
+    from ardist.training import distributed
+    from ardist.training.checkpoint import CheckpointWriter
+
+    write_parts, calls = CheckpointWriter._write_parts, []
+
+    def write_parts_once_in_vain(*arguments: Any) -> Any:
+        calls.append(1)
+        if distributed.environment()[0] == 1 and len(calls) == 1:
+            raise RuntimeError("can't allocate memory: you tried to allocate 12 bytes")
+        return write_parts(*arguments)
+
+    CheckpointWriter._write_parts = write_parts_once_in_vain  # type: ignore[method-assign]
+    return train_outcome(config)
+
+
+def test_an_unforeseen_error_of_one_writer_is_counted_and_keeps_no_peer_waiting(tmp_path: Path, data: Path) -> None:
+    config = config_of(tmp_path, data, training__timeout_minutes=1)
+    outcomes = Ranks(_train_where_one_save_runs_out_of_memory, 2, config).wait(50)
+    assert [outcome.value for outcome in outcomes] == ["done", "done"]
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary["events"]["checkpoint.failed"] == 2, "once on each rank"
+    assert newest_valid(tmp_path / "checkpoints")[1].step == STEPS
+
+
 def test_the_last_checkpoint_is_insisted_on(tmp_path: Path, data: Path) -> None:
     fault = {"ARDIST_FAULT": "raise@checkpoint.before_commit#1:5"}
     config = config_of(tmp_path, data, training__steps=2)

@@ -10,6 +10,7 @@ import torch
 from tiny import tiny_config
 
 from ardist.training.callbacks.metrics import console_line
+from ardist.training.callbacks.replicas import who_differs
 from ardist.training.distributed import World, environment
 from ardist.training.ema import warmed_decay
 from ardist.training.engine import deepspeed_settings
@@ -26,6 +27,10 @@ def test_peaks_are_known_or_not_but_never_guessed() -> None:
     assert peak_flops("Tesla T4", "bf16") is None
     assert peak_flops("CPU", "bf16") is None
     assert peak_flops("NVIDIA Something New", "bf16") is None
+    assert peak_flops("NVIDIA GeForce RTX 4090", "bf16") == 165.2e12
+    assert peak_flops("NVIDIA RTX A6000", "bf16") == 154.8e12
+    for other in ("RTX 4090 Laptop GPU", "RTX 4090 D", "RTX 3090 Ti", "RTX A1000 Laptop GPU", "T400 4GB", "GB200"):
+        assert peak_flops(f"NVIDIA {other}", "fp16") is None, other
 
 
 def test_rates() -> None:
@@ -119,3 +124,17 @@ def test_decays_that_differ_have_names_that_differ() -> None:
     near = (0.9999999, 0.99999991, 0.99999990000001)
     assert len({ema_kind(decay) for decay in near}) == len(near)
     assert [float(ema_kind(decay).removeprefix("ema_")) for decay in near] == list(near)
+
+
+def test_only_a_majority_says_which_replica_is_wrong() -> None:
+    assert who_differs([[1, 2]] * 4) is None
+    assert who_differs([[1, 2], [9, 9], [1, 2]]) == "the weights of rank 1 differ from those of the other ranks"
+    assert who_differs([[9, 9], [1, 2], [1, 2], [8, 8], [1, 2]]) == (
+        "the weights of rank 0, 3 differ from those of the other ranks"
+    )
+    assert who_differs([[9, 9], [1, 2]]) == (
+        "the weights of rank 0 and of rank 1 differ, and no majority says which are right"
+    )
+    assert who_differs([[9, 9], [1, 2], [9, 9], [1, 2]]) == (
+        "the weights of rank 0, 2 and of rank 1, 3 differ, and no majority says which are right"
+    )

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from ardist.events import events
 from ardist.training.callbacks.base import Callback
 
 if TYPE_CHECKING:
@@ -37,5 +38,9 @@ class Profiler(Callback):
     def _finish(self, trainer: Trainer) -> None:
         if self._profile is not None:
             self._profile.stop()
-            self._profile.export_chrome_trace(str(trainer.run.logs / f"trace-rank-{trainer.world.rank:05d}.json"))
+            path = trainer.run.logs / f"trace-rank-{trainer.world.rank:05d}.json"
+            try:
+                self._profile.export_chrome_trace(str(path))
+            except OSError as error:
+                events.count("profile.failed", step=trainer.step, path=path, reason=error)
             self._profile = None

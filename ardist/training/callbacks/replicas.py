@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -23,14 +24,27 @@ class ReplicaCheck(Callback):
             if trainer.adversary is not None:
                 sums += checksums(trainer.adversary.model)
             everyone = trainer.world.all_gather(sums)
-            usual = max(everyone, key=everyone.count)
-            odd = [rank for rank, theirs in enumerate(everyone) if theirs != usual]
-            if odd:
+            who = who_differs(everyone)
+            if who is not None:
                 raise HardwareError(
-                    f"at step {trainer.step} the weights of rank {', '.join(map(str, odd))} differ from those of the "
-                    f"other ranks, which must never happen: look at that machine's memory and GPU. The checkpoint of "
-                    f"step {trainer.writer.last_saved} may be older than the damage"
+                    f"at step {trainer.step} {who}, which must never happen: look at that machine's memory and GPU. "
+                    f"The checkpoint of step {trainer.writer.last_saved} may be older than the damage"
                 )
+
+
+def who_differs(everyone: Sequence[list[int]]) -> str | None:
+    """Which ranks have other checksums than most, in words; None when all agree. Without a majority all are named."""
+    groups: dict[tuple[int, ...], list[str]] = {}
+    for rank, sums in enumerate(everyone):
+        groups.setdefault(tuple(sums), []).append(str(rank))
+    if len(groups) == 1:
+        return None
+    largest = max(groups.values(), key=len)
+    if 2 * len(largest) > len(everyone):
+        odd = sorted((rank for group in groups.values() if group is not largest for rank in group), key=int)
+        return f"the weights of rank {', '.join(odd)} differ from those of the other ranks"
+    alike = " and of rank ".join(", ".join(group) for group in groups.values())
+    return f"the weights of rank {alike} differ, and no majority says which are right"
 
 
 @torch.no_grad()
