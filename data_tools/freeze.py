@@ -22,6 +22,7 @@ from ardist.errors import ConfigError, DataError
 from ardist.media import ffmpeg_binary
 from ardist.storage import MissingObjectError, Storage
 from data_tools import layout
+from data_tools.fetch import local_copy
 from data_tools.labels import Labels
 from data_tools.lease import Leases, Pace, worker_name
 from data_tools.parameters import BuildParameters
@@ -30,7 +31,6 @@ from data_tools.probe import ProbeCaps, VideoFacts
 from data_tools.probe_pool import probe_all
 from data_tools.reasons import Reason, Refusal
 from data_tools.sealed import seal, unseal
-from data_tools.shard import local_copy
 from data_tools.sources import Listed, SourceRoot, list_sources
 
 CHUNK = 256
@@ -42,6 +42,12 @@ _EXPLAINED = {
     Reason.NOT_A_FILE: "a folder, FIFO, socket or device",
     Reason.EMPTY: "zero bytes",
 }
+
+_MAY_BE_TRANSIT = frozenset(
+    (Reason.FORMAT, Reason.NO_VIDEO, Reason.CODEC, Reason.ENCRYPTED, Reason.DAMAGED, Reason.TIMESTAMPS)
+    + (Reason.CRASHED, Reason.TIMEOUT)
+)
+"""Refusals that bytes which were changed on their way would give as well."""
 
 
 @dataclass(frozen=True)
@@ -194,28 +200,42 @@ class Freezer:
     ) -> None:
         """Fetch a few objects at a time and probe the copies."""
 
-        def fetch(number: int) -> tuple[ExitStack, str | None, Refusal | None]:
+        def fetch(number: int) -> tuple[ExitStack, local_copy, str | Refusal]:
             stack = ExitStack()
+            copy = local_copy(root, chunk[number].name, chunk[number].version, self.staging)
             try:
-                path, _ = stack.enter_context(local_copy(root, chunk[number].name, chunk[number].version, self.staging))
-                return stack, path, None
+                return stack, copy, stack.enter_context(copy)[0]
             except Refusal as refusal:
-                return stack, None, refusal
+                return stack, copy, refusal
 
         step = max(1, self.workers) * 2
         with ThreadPoolExecutor(step, thread_name_prefix="fetch") as pool:
             for low in range(0, len(todo), step):
                 numbers = todo[low : low + step]
-                fetched = list(pool.map(fetch, numbers))
-                ready = [(n, path) for n, (_, path, _) in zip(numbers, fetched, strict=True) if path is not None]
+                fetched = dict(zip(numbers, pool.map(fetch, numbers), strict=True))
+                ready = [(n, path) for n, (_, _, path) in fetched.items() if isinstance(path, str)]
                 requests = [(path, None, chunk[number].size) for number, path in ready]
-                answers = probe_all(requests, caps, self.workers, self.timeout)
-                for (number, _), answer in zip(ready, answers, strict=True):
-                    sources[number] = _answered(sources[number], answer)
-                for number, (stack, _, refused) in zip(numbers, fetched, strict=True):
+                probed = probe_all(requests, caps, self.workers, self.timeout)
+                answers = {number: answer for (number, _), answer in zip(ready, probed, strict=True)}
+                for number, (stack, copy, path) in fetched.items():
                     stack.close()
-                    if refused is not None:
-                        sources[number] = sources[number].refusal(refused, "probe")
+                    answer = answers[number] if isinstance(path, str) else path
+                    if isinstance(answer, Refusal) and answer.reason in _MAY_BE_TRANSIT and not copy.checked:
+                        answer = self._second_look(root, chunk[number], caps, copy.digest, answer)
+                    sources[number] = _answered(sources[number], answer)
+
+    def _second_look(
+        self, root: SourceRoot, item: Listed, caps: ProbeCaps, digest: str, answer: Refusal
+    ) -> VideoFacts | Refusal:
+        """Whether a remote video is bad, or came with wrong bytes: fetched again, other bytes are probed again."""
+        copy = local_copy(root, item.name, item.version, self.staging, doubted=digest)
+        try:
+            with copy as (path, _):
+                if copy.digest == digest:
+                    return answer
+                return next(probe_all([(path, None, item.size)], caps, 1, self.timeout))
+        except Refusal as refusal:
+            return refusal
 
     def _labelled(self, source: Source) -> Source:
         if self.claim.parameters.classes_from_folders:

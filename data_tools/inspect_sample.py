@@ -19,11 +19,11 @@ from ardist.errors import ArdistError, ConfigError, DataError
 from ardist.media import ffmpeg_binary
 from ardist.storage import Storage, open_storage
 from data_tools.decode import DecodeSettings, Target, decode_stretch
+from data_tools.fetch import local_copy
 from data_tools.frame_stream import Frames
 from data_tools.freeze import load_plan
 from data_tools.groups import datasets_at
 from data_tools.reasons import Refusal
-from data_tools.shard import local_copy
 from data_tools.sources import SourceRoot
 
 _MAX_JSON = 2**20
@@ -150,7 +150,7 @@ def _source_frames(url: str, found: Found) -> Frames:
     target = Target(parameters.num_frames, Fraction(clip.fps), parameters.size, parameters.max_pixels)
     with (
         tempfile.TemporaryDirectory() as folder,
-        local_copy(root, source.name, source.version, Path(folder)) as (path, version),
+        local_copy(root, source.name, source.version, Path(folder), source.facts.sha256) as (path, version),
     ):
         _, frames = next(decode_stretch(path, version, source.facts, [clip.start], target, DecodeSettings()))
     if isinstance(frames, Refusal):

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
@@ -18,11 +16,12 @@ from ardist.data.sample import SampleInfo
 from ardist.data.shard_writer import Sample, write_shard
 from ardist.errors import DataError
 from ardist.events import events
-from ardist.storage import Storage, open_storage
+from ardist.storage import Storage
 from data_tools import layout
 from data_tools.bounded import OrderedWork
 from data_tools.decode import DecodeSettings, Target, decode_stretch, stretches
 from data_tools.encode import Encoder, Stored
+from data_tools.fetch import local_copy
 from data_tools.frame_stream import Frames
 from data_tools.plan import Clip, Plan, jobs_of, shown_name
 from data_tools.reasons import Refusal
@@ -185,43 +184,14 @@ class ShardBuilder:
         settings = replace(self.settings.decode, scratch=self.staging)
         by_start = {clip.start: clip for clip in job}
         try:
-            with local_copy(SourceRoot(self.plan.root), source.name, source.version, self.staging) as (path, version):
+            root = SourceRoot(self.plan.root)
+            copy = local_copy(root, source.name, source.version, self.staging, source.facts.sha256)
+            with copy as (path, version):
                 target = self._target(job[0])
                 for starts, frames in decode_stretch(path, version, source.facts, list(by_start), target, settings):
                     yield [by_start[start] for start in starts], frames
         except Refusal as refusal:
             yield job, refusal
-
-
-class local_copy:
-    """A local path to a source for the length of a block: itself, or a temporary copy of a remote object."""
-
-    def __init__(self, root: SourceRoot, name: str, version: str, staging: Path) -> None:
-        self._root, self._name, self._version, self._staging = root, name, version, staging
-        self._copy: Path | None = None
-
-    def __enter__(self) -> tuple[str, str | None]:
-        if not self._root.remote:
-            return self._root.path(self._name), self._version
-        from ardist.storage import ChangedObjectError, MissingObjectError
-        from data_tools.reasons import Reason
-
-        handle, copy = tempfile.mkstemp(dir=self._staging, prefix="source-")
-        os.close(handle)
-        self._copy = Path(copy)
-        try:
-            open_storage(self._root.address).download(self._name, self._copy, self._version)
-        except MissingObjectError as error:
-            self._copy.unlink()
-            raise Refusal(Reason.VANISHED, str(error)) from None
-        except ChangedObjectError as error:
-            self._copy.unlink()
-            raise Refusal(Reason.CHANGED, str(error)) from None
-        return str(self._copy), None
-
-    def __exit__(self, *_: object) -> None:
-        if self._copy is not None:
-            self._copy.unlink(missing_ok=True)
 
 
 def read_commit(out: Storage, shard: int, plan: Plan) -> dict[str, Any]:

@@ -113,6 +113,7 @@ class Agent:
     def _start(self, message: Mapping[str, Any]) -> None:
         placement = unpack_placement(message["placement"])
         self._node = LocalNode(placement.hosts[placement.node].name, self._limits, message["program"][0])
+        self._node.watched = placement.local_size
         started = launches(message["engine"], placement, message["program"], self._node.scratch, debug=message["debug"])
         environment = rank_environment(placement.local_size, placement.hosts[placement.node].name)
         self._node.start(started, environment | message["environment"])

@@ -49,7 +49,7 @@ def start_here(order: Order, placement: Placement, job: str, attempt: int, *, ad
     if placement.node == 0:
         check_port(placement.master_port)
     node = LocalNode(placement.hosts[placement.node].name, order.config.launch, order.module)
-    node.ranks = placement.local_size
+    node.ranks = node.watched = placement.local_size
     environment = rank_environment(placement.local_size, address) | {JOB_VARIABLE: f"{job}:{attempt}"}
     node.start(launches(order.engine, placement, order.program, node.scratch, debug=order.debug), environment)
     return node

@@ -48,7 +48,9 @@ class Node(Protocol):
 
     name: str
     ranks: int
-    """How many it was given to start; more than beat as long as some have not been heard of."""
+    """How many the job has, as far as this machine's launcher knows."""
+    watched: int
+    """How many ranks are to be heard here; more than beat as long as some have not been heard of."""
 
     def state(self) -> State:
         """How the ranks are now."""
@@ -69,6 +71,7 @@ class LocalNode:
     def __init__(self, name: str, limits: LaunchConfig, module: str = MODULE) -> None:
         self.name = name
         self.ranks = 0
+        self.watched = 0
         self._module = module
         self.scratch = Path(tempfile.mkdtemp(prefix="ardist-"))
         self._mark = secrets.token_hex(8)
@@ -134,6 +137,12 @@ class LocalNode:
             return Failure(
                 "start", f"the ranks of {self.name} ended with {_code_words(bad[0])}", exit_code=_plain(bad[0])
             )
+        good = [beat for beat in beats if beat.exit_code in _GOOD]
+        if not bad and None not in codes.values() and len(good) < max(1, self.watched):
+            detail = (
+                f"the ranks of {self.name} ended, but {len(good)} of {max(1, self.watched)} said that they were done"
+            )
+            return Failure("start", detail)
         return None
 
     def _died(self, beat: Beat, code: int | None) -> Failure:
@@ -165,7 +174,7 @@ class LocalNode:
 
     def stacks(self) -> dict[str, str]:
         """A stopped rank is woken to write its stacks; it is killed right after anyway."""
-        running = [beat for beat in read_beats(self.scratch) if beat.exit_code is None and beat.alive]
+        running = [beat for beat in read_beats(self.scratch) if beat.alive]
         sizes = {beat.rank: _size(stacks_path(self.scratch, beat.rank)) for beat in running}
         for beat in running:
             processes.send([beat.pid], dump_signal())

@@ -98,6 +98,7 @@ class PdshCluster(Cluster):
         place = Placement(hosts, 0, address, port)
         node = PdshNode("pdsh", self._order.config.launch, self._order.module)
         node.ranks = place.world_size
+        node.watched = sum(host.slots for host in hosts if is_here(host.name))
         message = {
             "program": self._order.program,
             "hosts": [host.name for host in hosts],

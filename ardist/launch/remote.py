@@ -40,7 +40,7 @@ class RemoteNode:
 
     def __init__(self, name: str, shell: str, node_seconds: float) -> None:
         self.name = name
-        self.ranks = 0
+        self.ranks = self.watched = 0
         self._seconds = node_seconds
         if os.path.basename(shell) == "pdsh":
             raise HardwareError(f"pdsh hands no input on, so {name} cannot be asked through it; choose ssh here")
@@ -84,7 +84,7 @@ class RemoteNode:
     def start(self, **order: Any) -> None:
         """Have the agent start its ranks."""
         placement = unpack_placement(order["placement"])
-        self.ranks = placement.local_size
+        self.ranks = self.watched = placement.local_size
         self._say({"do": "start", **order})
 
     def state(self) -> State:

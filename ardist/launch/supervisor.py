@@ -15,6 +15,7 @@ from typing import Any
 
 from ardist.config.launch import LaunchConfig
 from ardist.errors import ArdistError, HardwareError, Preempted
+from ardist.events import events
 from ardist.launch.nodes import Node
 from ardist.launch.policy import RestartPolicy, is_hopeless
 from ardist.launch.watchdog import Failure, Watchdog
@@ -144,7 +145,7 @@ class Supervisor:
         return outcome
 
     def _watch(self, attempt: Attempt, nodes: Sequence[Node]) -> int | Failure:
-        watchdog = Watchdog(self._limits)
+        watchdog, watched = Watchdog(self._limits), sum(node.watched for node in nodes)
         left_at: float | None = None
         while True:
             if (code := self._forward(nodes)) is not None:
@@ -153,7 +154,9 @@ class Supervisor:
             beats = [beat for state in states for beat in state.beats]
             self._note_steps(attempt, beats, max(len(beats), sum(node.ranks for node in nodes)))
             failures = [state.failure for state in states if state.failure is not None]
-            failure = min(failures, key=lambda one: _BLAME.index(one.cause)) if failures else watchdog.look(beats)
+            failure = (
+                min(failures, key=lambda one: _BLAME.index(one.cause)) if failures else watchdog.look(beats, watched)
+            )
             if failure is not None:
                 starting = failure.cause in ("died", "start", "error") and attempt.first_step is None
                 if self._signals and starting and not is_hopeless(failure):
@@ -168,6 +171,10 @@ class Supervisor:
             codes = [state.exit_code for state in states]
             if None not in codes:
                 return max(code for code in codes if code is not None)
+            if (told := watchdog.overdue(beats, watched)) is not None:
+                events.count("launch.hung_at_end", code=told)
+                self._keep_stacks(attempt, nodes)
+                return told
             time.sleep(POLL_SECONDS)
 
     def _forward(self, nodes: Sequence[Node]) -> int | None:

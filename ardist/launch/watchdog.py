@@ -9,6 +9,9 @@ from dataclasses import dataclass
 from ardist.config.launch import LaunchConfig
 from ardist.training.heartbeat import Beat, Phase
 
+END_SECONDS = 60.0
+"""Time that processes have to be gone after the last rank said its last word."""
+
 
 @dataclass(frozen=True)
 class Failure:
@@ -28,31 +31,46 @@ class Failure:
 
 
 class Watchdog:
-    """Looks at the beats of the ranks of one machine. Only monotonic clocks are compared, and only on that machine."""
+    """Looks at the beats of an attempt, which begins when this is made. Only times of this machine's monotonic clock
+    are compared."""
 
     def __init__(self, limits: LaunchConfig, clock: Callable[[], float] = time.monotonic) -> None:
         self._limits = limits
         self._clock = clock
+        self._began = clock()
 
-    def look(self, beats: Sequence[Beat]) -> Failure | None:
-        """The failure there is, or None. Ranks that have ended are not judged here.
+    def look(self, beats: Sequence[Beat], ranks: int) -> Failure | None:
+        """The failure there is, or None, where `ranks` should be heard. How ranks have ended is not judged here.
 
-        A rank without beats is stopped, whatever the others do. When beats come but no rank gets on, the one furthest
-        behind is what the others wait for, and its phase decides how long is too long.
+        A rank whose beats stopped is stopped, whatever the others do. One that never beat has the time of a start.
+        When beats come but no rank gets on, the one furthest behind is what the others wait for, and its phase decides
+        how long is too long.
         """
         running = [beat for beat in beats if beat.exit_code is None]
+        now = self._clock()
+        silent = min(running, key=lambda beat: beat.beat, default=None)
+        if silent is not None and now - silent.beat > self._limits.heartbeat_seconds:
+            return _failure("stopped", "gave no sign of life", [silent], now - silent.beat)
+        waited = now - self._began
+        if len(beats) < ranks and waited > self._limits.other_seconds:
+            detail = f"{ranks - len(beats)} of {ranks} ranks were not heard of within {waited:.1f} s"
+            return Failure("start", detail, seconds=waited)
         if not running:
             return None
-        now = self._clock()
-        silent = min(running, key=lambda beat: beat.beat)
-        if now - silent.beat > self._limits.heartbeat_seconds:
-            return _failure("stopped", "gave no sign of life", [silent], now - silent.beat)
         since = now - max(beat.progress_time for beat in running)
         least = min((beat.step, beat.progress) for beat in running)
         behind = [beat for beat in running if (beat.step, beat.progress) == least]
         if since > self.limit(behind[0]):
             return _failure("stuck", "made no progress", behind, since)
         return None
+
+    def overdue(self, beats: Sequence[Beat], ranks: int) -> int | None:
+        """The exit code that all `ranks` told, when their processes should have been gone for long; None before."""
+        codes = [beat.exit_code for beat in beats if beat.exit_code is not None]
+        if not codes or len(codes) < max(ranks, len(beats)):
+            return None
+        since = self._clock() - max(beat.ended for beat in beats)
+        return max(codes) if since > END_SECONDS else None
 
     def limit(self, beat: Beat) -> float:
         """How long nothing may happen when `beat` is the rank furthest behind."""

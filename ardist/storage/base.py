@@ -21,6 +21,14 @@ class StorageError(HardwareError):
     """The store cannot be reached, denies the request or has no space."""
 
 
+class DeniedObjectError(StorageError):
+    """The store denies an object: it may be this one alone, or all that these credentials ask for."""
+
+
+class UnreadableObjectError(StorageError):
+    """The store has an object but cannot give it out as it is: archived, or under a key that it has not."""
+
+
 class MissingObjectError(DataError):
     """No object has this name."""
 

@@ -31,6 +31,8 @@ T = TypeVar("T")
 MULTIPART_FROM = 64 * 2**20
 PART_BYTES = 16 * 2**20
 _PARTS_AT_ONCE = 4
+_MAX_KEY = 1024
+_UPLOADS_PER_PAGE = 1000
 _BODY_CHUNK = 256 * 2**10
 """Small enough to stay in the processor's cache until it is stored."""
 
@@ -151,12 +153,22 @@ class S3Storage(Storage):
 
     def abort_uploads(self, older_than: float) -> int:
         """Abort multipart uploads below the prefix that began more than `older_than` seconds ago; how many."""
-        arguments = {"Bucket": self._bucket, "Prefix": f"{self._prefix}/" if self._prefix else ""}
-        page = self._run("list uploads", "", lambda client: client.list_multipart_uploads(**arguments))
-        stale = [u for u in page.get("Uploads", ()) if time.time() - u["Initiated"].timestamp() >= older_than]
+        arguments: dict[str, Any] = {"Bucket": self._bucket, "Prefix": f"{self._prefix}/" if self._prefix else ""}
+        stale: list[dict[str, Any]] = []
+        page: dict[str, Any] = {"IsTruncated": True}
+        while page["IsTruncated"]:
+            page = self._uploads_page({**arguments, "MaxUploads": _UPLOADS_PER_PAGE})
+            stale += [u for u in page.get("Uploads", ()) if time.time() - u["Initiated"].timestamp() >= older_than]
+            arguments["KeyMarker"] = page.get("NextKeyMarker", "")
+            arguments["UploadIdMarker"] = page.get("NextUploadIdMarker", "")
         for upload in stale:
             self._abort(upload["Key"], upload["UploadId"])
         return len(stale)
+
+    def _uploads_page(self, arguments: dict[str, Any]) -> dict[str, Any]:
+        return self._run(
+            "list uploads", "", lambda client: _whole(client.list_multipart_uploads(**arguments), "IsTruncated")
+        )
 
     def _put_parts(self, name: str, data: bytes | Path, size: int) -> None:
         part_bytes = max(PART_BYTES, -(-size // 10_000))
@@ -211,9 +223,10 @@ class S3Storage(Storage):
             events.count("storage.upload_left_behind", key=key, reason=error)
 
     def _key(self, name: str) -> str:
-        if not name or name.startswith("/") or len(name.encode("utf-8", "surrogatepass")) > 1000:
-            raise InvalidValueError(f"{name!r} is not an object name: relative and at most 1000 bytes")
-        return f"{self._prefix}/{name}" if self._prefix else name
+        key = f"{self._prefix}/{name}" if self._prefix else name
+        if not name or len(key.encode("utf-8", "surrogatepass")) > _MAX_KEY:
+            raise InvalidValueError(f"{key!r} is not a key of an object: 1 to {_MAX_KEY} bytes, the prefix included")
+        return key
 
     def _call(self, operation: str, name: str, request: Callable[[Any, dict[str, str]], T]) -> T:
         where = {"Bucket": self._bucket, "Key": self._key(name)}

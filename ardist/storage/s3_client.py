@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from ardist.storage.base import MissingObjectError, StorageError
+from ardist.storage.base import DeniedObjectError, MissingObjectError, StorageError, UnreadableObjectError
 from ardist.storage.retry import TransientError
 
 T = TypeVar("T")
@@ -18,6 +18,11 @@ _TRY_AGAIN |= {"OperationAborted", "ConditionalRequestConflict", "RequestThrottl
 _TRY_AGAIN_STATUS = {408, 429, 500, 502, 503, 504}
 _STALE_CREDENTIALS = {"ExpiredToken", "ExpiredTokenException", "TokenRefreshRequired", "RequestTimeTooSkewed"}
 _STALE_CREDENTIALS |= {"RequestExpired", "InvalidToken"}
+_BAD_CREDENTIALS = {"InvalidAccessKeyId", "SignatureDoesNotMatch", "InvalidSecurity", "AccountProblem", "NotSignedUp"}
+_BAD_CREDENTIALS |= {"AuthorizationHeaderMalformed", "MissingSecurityHeader", "AllAccessDisabled"}
+_OF_THE_OBJECT = ("InvalidObjectState", "InvalidRequest", "KMS.")
+"""How codes begin that concern one object: in an archive, or encrypted with a key of its own."""
+
 _MISSING = {"NoSuchKey", "404", "NotFound", "NoSuchBucket"}
 
 
@@ -135,8 +140,11 @@ def _sorted(response: dict[str, Any], refresh: Callable[[], None], address: str,
         return TransientError(f"{code or status}", retry_after=_retry_after(meta.get("HTTPHeaders", {})))
     if code in ("InvalidRange", "416") or status == 416:
         return RangeError(address)
+    if code.startswith(_OF_THE_OBJECT):
+        return UnreadableObjectError(f"{address}: cannot be read as it is stored ({code})")
     if status in (401, 403):
-        return StorageError(f"{address}: access denied ({code or status}); these credentials may not do this here")
+        kind = StorageError if status == 401 or code in _BAD_CREDENTIALS else DeniedObjectError
+        return kind(f"{address}: access denied ({code or status}); these credentials may not do this here")
     return StorageError(f"{address}: refused with {code or 'status'} ({status})")
 
 

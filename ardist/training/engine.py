@@ -22,7 +22,7 @@ from ardist.training.frozen import FrozenWeights
 from ardist.training.guard import DeviceGuard, SpikeGuard
 from ardist.training.loss_scale import LossScale
 from ardist.training.optimizer import build_optimizer
-from ardist.training.spikes import SpikeDetector
+from ardist.training.spikes import SpikeDetector, SpikeDetectors
 
 _log = logging.getLogger("ardist.training")
 
@@ -198,13 +198,15 @@ class Engine:
         path.write_text(json.dumps(self.settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def spike_detector(config: TrainConfig, world: World) -> SpikeDetector | None:
+def spike_detector(config: TrainConfig, world: World) -> SpikeDetectors | None:
     """What tells gradient spikes, as ``training.spike_policy`` asks for; None where it is off."""
     training = config.training
     if training.spike_policy == "off":
         return None
     skips = training.spike_policy == "skip"
-    return SpikeDetector(training.spike_sigmas, training.spike_window, skip=skips, device=world.device)
+    return SpikeDetectors(
+        lambda: SpikeDetector(training.spike_sigmas, training.spike_window, skip=skips, device=world.device)
+    )
 
 
 COUNTERS = ("global_steps", "global_samples", "skipped_steps")

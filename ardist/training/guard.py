@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 
 from ardist.training.fragments import Fragments
-from ardist.training.spikes import SpikeDetector
+from ardist.training.spikes import SpikeDetectors
 
 
 class DeviceGuard:
@@ -21,7 +21,7 @@ class DeviceGuard:
     ZeRO-3 checks by itself.
     """
 
-    def __init__(self, fragments: Fragments, clip: float, spikes: SpikeDetector | None = None) -> None:
+    def __init__(self, fragments: Fragments, clip: float, spikes: SpikeDetectors | None = None) -> None:
         self.fragments = fragments
         self.clip = clip
         self.spikes = spikes
@@ -53,7 +53,7 @@ class SpikeGuard:
     skipped through ``found_inf`` like everything else.
     """
 
-    def __init__(self, fragments: Fragments, spikes: SpikeDetector) -> None:
+    def __init__(self, fragments: Fragments, spikes: SpikeDetectors) -> None:
         self.fragments = fragments
         self.spikes = spikes
         self._spike: torch.Tensor | None = None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
@@ -51,3 +51,38 @@ class SpikeDetector:
         if kept:
             self._norms[self.window - len(kept) :] = torch.tensor(kept, dtype=torch.float64)
         self._known.fill_(len(kept))
+
+
+class SpikeDetectors:
+    """A detector for each number of frames: images and clips have gradients of unlike size, and none is to look like a
+    spike because it is rare."""
+
+    def __init__(self, make: Callable[[], SpikeDetector]) -> None:
+        self._make = make
+        self._of: dict[int, SpikeDetector] = {}
+        self._inherited: list[float] = []
+        self._now = make()
+        self.skip = self._now.skip
+
+    def begin(self, num_frames: int) -> None:
+        """The next norm is of a step on clips of so many frames, and is compared with those of such steps."""
+        if num_frames not in self._of:
+            self._of[num_frames] = self._make()
+            self._of[num_frames].load_state(self._inherited)
+        self._now = self._of[num_frames]
+
+    def judge(self, norm: torch.Tensor | float) -> torch.Tensor:
+        """Whether this step's norm is a spike among those of its kind; see `SpikeDetector.judge`."""
+        return self._now.judge(norm)
+
+    def state(self) -> dict[str, list[float]]:
+        """The norms in each window, by number of frames, for a checkpoint (reads the device)."""
+        return {str(frames): detector.state() for frames, detector in sorted(self._of.items())}
+
+    def load_state(self, norms: Mapping[str, Sequence[float]] | Sequence[float]) -> None:
+        """Continue from a checkpoint; those of before had one window, from which every kind then starts."""
+        self._of.clear()
+        self._inherited = [] if isinstance(norms, Mapping) else list(norms)
+        for frames, kept in norms.items() if isinstance(norms, Mapping) else ():
+            self.begin(int(frames))
+            self._now.load_state(kept)

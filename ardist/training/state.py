@@ -80,7 +80,7 @@ def snapshot(trainer: Trainer) -> Snapshot:
             "data": trainer.loader.state_dict(),
             "counters": trainer.engine.counters(),
             "loss_scaler": trainer.engine.loss_scale.state(),
-            "spikes": [] if trainer.engine.spikes is None else trainer.engine.spikes.state(),
+            "spikes": {} if trainer.engine.spikes is None else trainer.engine.spikes.state(),
             "history": trainer.history.as_dict(),
             "dataset": trainer.data.describe(),
         },
@@ -135,7 +135,7 @@ def _restore(trainer: Trainer, path: Path, commit: commits.Commit) -> None:
     trainer.engine.set_counters(commit.state["counters"], commit.step)
     trainer.engine.loss_scale.load_state(commit.state["loss_scaler"])
     if trainer.engine.spikes is not None:
-        trainer.engine.spikes.load_state(commit.state.get("spikes", []))
+        trainer.engine.spikes.load_state(commit.state.get("spikes", {}))
     trainer.writer.last_saved = commit.step
     if trainer.world.is_main:
         resume.set_aside_newer(trainer.store, commit.step)

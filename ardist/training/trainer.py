@@ -231,6 +231,8 @@ class Trainer:
             self.losses.append(loss.detach())
 
         fault.point("trainer.before_step")
+        if self.engine.spikes is not None:
+            self.engine.spikes.begin(self.num_frames)
         heartbeat.advance()
         rate = learning_rate(self.config.optimizer, self.step, self.total_steps)
         self.outcome = self.engine.step(rate)

@@ -295,7 +295,7 @@ def test_spikes_in_a_row_go_back_once_and_the_window_is_part_of_the_state(tmp_pa
         assert outcome.value.startswith("TrainingDivergedError: 2 steps in a row up to step 5"), outcome.value
     steps = [json.loads(line)["step"] for line in (tmp_path / "skipped_steps.jsonl").read_text().splitlines()]
     assert steps == [5, 6, 4, 5], "after the way back to step 3 the window is that of step 3, and full"
-    assert len(read_commit(candidates(tmp_path / "checkpoints")[0]).state["spikes"]) == 3
+    assert len(read_commit(candidates(tmp_path / "checkpoints")[0]).state["spikes"]["4"]) == 3
 
 
 def test_a_second_job_on_a_run_directory_is_refused(tmp_path: Path, data: Path) -> None:

@@ -17,7 +17,8 @@ import psutil
 import pytest
 
 from ardist.config.launch import LaunchConfig
-from ardist.launch import engines, processes, supervisor
+from ardist.events import events
+from ardist.launch import engines, processes, supervisor, watchdog
 from ardist.launch.engines import Host, Placement, launches
 from ardist.launch.local import free_port
 from ardist.launch.nodes import LocalNode
@@ -47,6 +48,7 @@ class Job:
         for path in self.directory.glob("at-*"):
             path.unlink()
         node = LocalNode("localhost", self.limits, module="toy_rank")
+        node.watched = self.ranks
         self.nodes.append(node)
         placement = Placement((Host("localhost", self.ranks),), 0, "127.0.0.1", free_port())
         environment = {**os.environ, "PYTHONPATH": str(HERE)}
@@ -113,6 +115,38 @@ def test_every_way_to_fail_is_named_and_healed(tmp_path: Path, what: str, cause:
         assert "toy_rank.py" in job.stacks(1), "where the rank was is on record"
     if cause != "died":
         assert "toy_rank.py" in job.stacks(0) or cause == "error", "and so is where its peers waited"
+
+
+def test_a_rank_that_never_beats_is_not_waited_for_without_end(tmp_path: Path) -> None:
+    job = Job(tmp_path, other_seconds=8)
+    job.fault(1, -1, "loop")
+    assert job.run() == 0
+    [row] = job.rows
+    assert row["cause"] == "start"
+    assert "1 of 2 ranks were not heard of" in row["detail"]
+    assert job.history == list(range(1, 13))
+
+
+def test_processes_that_stay_after_the_last_word_are_ended_and_the_run_is_done(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(watchdog, "END_SECONDS", 1.0)
+    job = Job(tmp_path)
+    job.fault(1, 12, "loop")
+    before = events.snapshot().get("launch.hung_at_end", 0)
+    assert job.run() == 0
+    assert events.snapshot()["launch.hung_at_end"] == before + 1
+    assert len(job.nodes) == 1
+    assert "take_fault" in job.stacks(1), "where it stayed is on record"
+
+
+@pytest.mark.parametrize("silent", [1, 2])
+def test_ranks_that_leave_without_a_word_are_not_done(tmp_path: Path, silent: int) -> None:
+    job = Job(tmp_path, steps=0)
+    for number in range(silent):
+        rearm(job, lambda attempt, number=number: job.fault(number, -1, "leave"))  # type: ignore[misc]
+    assert job.run() == 4
+    assert len(job.nodes) == 2, "the same failure twice before the first step"
 
 
 def test_restarts_are_bounded_where_no_checkpoint_is_made(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

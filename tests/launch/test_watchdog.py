@@ -26,15 +26,44 @@ def beat(rank: int, **changes: Any) -> Beat:
     return Beat(**{**values, **changes})
 
 
-def look(now: float, *beats: Beat) -> Failure | None:
-    return Watchdog(LIMITS, clock=lambda: now).look(beats)
+def watchdog(now: float, began: float = 990.0) -> Watchdog:
+    """One that was made at `began`; it is `now`."""
+    times = [now, began]
+    return Watchdog(LIMITS, clock=lambda: times.pop() if len(times) > 1 else now)
+
+
+def look(now: float, *beats: Beat, ranks: int = 0) -> Failure | None:
+    return watchdog(now).look(beats, ranks)
 
 
 def test_ranks_that_get_on_are_left_alone() -> None:
     assert look(1009, beat(0), beat(1)) is None
     assert look(5000, beat(0, beat=4999, progress_time=4999), beat(1, beat=4999, progress_time=1.0)) is None
-    assert look(5000) is None
-    assert look(5000, beat(0, exit_code=0), beat(1, exit_code=75)) is None, "who has ended need not beat"
+    assert look(5000, beat(0, exit_code=0), beat(1, exit_code=75), ranks=2) is None, "who has ended need not beat"
+
+
+def test_ranks_that_never_beat_have_the_time_of_a_start() -> None:
+    assert look(1389, ranks=2) is None
+    failure = look(1391, ranks=2)
+    assert failure is not None
+    assert failure.cause == "start"
+    assert "2 of 2 ranks were not heard of within 401.0 s" in failure.detail
+    # One that came and waits for the other is not to blame, nor one that has ended.
+    waiting = beat(0, beat=1391.0, progress_time=1391.0, phase=Phase.START, first_step=None)
+    for other in (waiting, beat(0, exit_code=75)):
+        failure = look(1391, other, ranks=2)
+        assert failure is not None
+        assert "1 of 2 ranks" in failure.detail
+
+
+def test_ranks_that_said_their_last_word_must_be_gone_a_minute_later() -> None:
+    done = [beat(0, exit_code=0, ended=1000.0), beat(1, exit_code=0, ended=1100.0)]
+    assert watchdog(1159).overdue(done, 2) is None
+    assert watchdog(1161).overdue(done, 2) == 0
+    assert watchdog(1161).overdue([done[0], beat(1, exit_code=75, ended=1100.0)], 2) == 75
+    assert watchdog(1161).overdue(done, 3) is None, "another has not been heard yet"
+    assert watchdog(1161).overdue([done[0], beat(1)], 1) is None, "another still runs"
+    assert watchdog(1161).overdue([], 0) is None
 
 
 def test_a_rank_without_beats_is_stopped_whatever_the_others_do() -> None:

@@ -1,7 +1,7 @@
 """A rank without torch: steps, heartbeats, checkpoints of its own, and faults on demand; for tests of the supervisor.
 
 Run as ``python -m toy_rank DIRECTORY STEPS SECONDS``. A file ``fault-RANK`` in the directory says ``STEP WHAT`` and is
-taken once. The state after step n is n, so that what a recovered run did can be compared with an undisturbed one.
+taken once; step -1 is before the first beat, the last step after the last word. The state after step n is n, so that what a recovered run did can be compared with an undisturbed one.
 """
 
 from __future__ import annotations
@@ -31,6 +31,8 @@ def strike(what: str) -> None:
     elif what == "loop":
         while True:
             time.sleep(0.1)
+    elif what == "leave":
+        os._exit(0)
     elif what == "raise":
         raise RuntimeError("something unforeseen")
     elif what.startswith("exit"):
@@ -44,6 +46,7 @@ def strike(what: str) -> None:
 def main() -> int:
     directory, steps, seconds = Path(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3])
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    take_fault(directory / f"fault-{rank}", -1)
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
         signal.signal(number, on_signal)
     heartbeat.start_from_environment()
@@ -52,11 +55,7 @@ def main() -> int:
     first = step
     heartbeat.resumed(step)
     while step < steps:
-        fault = directory / f"fault-{rank}"
-        if fault.exists() and int(fault.read_text().split()[0]) == step:
-            what = fault.read_text().split()[1]
-            fault.unlink()
-            strike(what)
+        take_fault(directory / f"fault-{rank}", step)
         step += 1
         # The others wait for a rank that does not come, as they would in a collective.
         (directory / f"at-{rank}").write_text(str(step))
@@ -79,7 +78,15 @@ def main() -> int:
             heartbeat.end(75, "asked to stop")
             return 75
     heartbeat.end(0)
+    take_fault(directory / f"fault-{rank}", steps)
     return 0
+
+
+def take_fault(path: Path, step: int) -> None:
+    if path.exists() and int(path.read_text().split()[0]) == step:
+        what = path.read_text().split()[1]
+        path.unlink()
+        strike(what)
 
 
 def read(path: Path) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from ardist.training.spikes import SpikeDetector
+from ardist.training.spikes import SpikeDetector, SpikeDetectors
 
 CPU = torch.device("cpu")
 
@@ -62,3 +62,32 @@ def test_state_continues_and_a_shorter_window_takes_the_newest() -> None:
     assert longer.state() == [2.0, 3.0, 4.0]
     assert judged(longer, [1000.0]) == [False], "its window is not full yet"
     assert judged(shorter, [1000.0]) == [True]
+
+
+def detectors() -> SpikeDetectors:
+    return SpikeDetectors(lambda: SpikeDetector(3.0, 3, skip=True, device=CPU))
+
+
+def by_kind(of: SpikeDetectors, steps: list[tuple[int, float]]) -> list[bool]:
+    spikes = []
+    for frames, norm in steps:
+        of.begin(frames)
+        spikes.append(bool(of.judge(norm)))
+    return spikes
+
+
+def test_steps_are_compared_with_those_on_as_many_frames() -> None:
+    mixed = [(16, 1.0), (1, 9.0), (16, 1.1), (1, 9.1), (16, 0.9), (1, 8.9), (1, 9.0), (16, 1.0)]
+    assert by_kind(detectors(), mixed) == [False] * 8
+    assert by_kind(detectors(), [*mixed, (16, 9.0), (1, 90.0)])[-2:] == [True, True]
+
+
+def test_the_state_is_that_of_every_kind_and_one_window_of_before_serves_all() -> None:
+    one, other = detectors(), detectors()
+    by_kind(one, [(16, 1.0), (16, 1.1), (16, 0.9), (1, 9.0)])
+    assert one.state() == {"1": [9.0], "16": [1.0, 1.1, 0.9]}
+    other.load_state(one.state())
+    assert other.state() == one.state()
+    assert by_kind(other, [(16, 5.0), (1, 50.0)]) == [True, False]
+    other.load_state([1.0, 1.1, 0.9])
+    assert by_kind(other, [(16, 5.0), (1, 1.0)]) == [True, False]
