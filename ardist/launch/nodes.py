@@ -110,8 +110,9 @@ class LocalNode:
 
     def state(self) -> State:
         """Deaths first: a rank that died is why its peers fail a moment later."""
-        beats = read_beats(self.scratch)
+        # Processes before beats: the beats of a process that has ended are its last.
         codes = {process.pid: process.poll() for process in self._processes}
+        beats = read_beats(self.scratch)
         if self._failure is None:
             self._failure = self._judge(beats, codes)
         ended = all(code is not None for code in codes.values())
@@ -138,10 +139,9 @@ class LocalNode:
                 "start", f"the ranks of {self.name} ended with {_code_words(bad[0])}", exit_code=_plain(bad[0])
             )
         good = [beat for beat in beats if beat.exit_code in _GOOD]
-        if not bad and None not in codes.values() and len(good) < max(1, self.watched):
-            detail = (
-                f"the ranks of {self.name} ended, but {len(good)} of {max(1, self.watched)} said that they were done"
-            )
+        wanted = max(1, self.watched)
+        if not bad and None not in codes.values() and len(good) < wanted:
+            detail = f"the ranks of {self.name} ended, but {len(good)} of {wanted} said that they were done"
             return Failure("start", detail)
         return None
 

@@ -154,9 +154,8 @@ class Supervisor:
             beats = [beat for state in states for beat in state.beats]
             self._note_steps(attempt, beats, max(len(beats), sum(node.ranks for node in nodes)))
             failures = [state.failure for state in states if state.failure is not None]
-            failure = (
-                min(failures, key=lambda one: _BLAME.index(one.cause)) if failures else watchdog.look(beats, watched)
-            )
+            first = min(failures, key=lambda one: _BLAME.index(one.cause), default=None)
+            failure = first or watchdog.look(beats, watched)
             if failure is not None:
                 starting = failure.cause in ("died", "start", "error") and attempt.first_step is None
                 if self._signals and starting and not is_hopeless(failure):

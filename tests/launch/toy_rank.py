@@ -1,7 +1,8 @@
 """A rank without torch: steps, heartbeats, checkpoints of its own, and faults on demand; for tests of the supervisor.
 
 Run as ``python -m toy_rank DIRECTORY STEPS SECONDS``. A file ``fault-RANK`` in the directory says ``STEP WHAT`` and is
-taken once; step -1 is before the first beat, the last step after the last word. The state after step n is n, so that what a recovered run did can be compared with an undisturbed one.
+taken once; step -1 is before the first beat, the last one after the last word. The state after step n is n, so that
+what a recovered run did can be compared with an undisturbed one.
 """
 
 from __future__ import annotations
