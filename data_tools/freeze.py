@@ -43,7 +43,7 @@ _EXPLAINED = {
     Reason.EMPTY: "zero bytes",
 }
 
-_MAY_BE_TRANSIT = frozenset(
+_LOOKS_DAMAGED = frozenset(
     (Reason.FORMAT, Reason.NO_VIDEO, Reason.CODEC, Reason.ENCRYPTED, Reason.DAMAGED, Reason.TIMESTAMPS)
     + (Reason.CRASHED, Reason.TIMEOUT)
 )
@@ -220,7 +220,7 @@ class Freezer:
                 for number, (stack, copy, path) in fetched.items():
                     stack.close()
                     answer = answers[number] if isinstance(path, str) else path
-                    if isinstance(answer, Refusal) and answer.reason in _MAY_BE_TRANSIT and not copy.checked:
+                    if isinstance(answer, Refusal) and answer.reason in _LOOKS_DAMAGED and not copy.checked:
                         answer = self._second_look(root, chunk[number], caps, copy.digest, answer)
                     sources[number] = _answered(sources[number], answer)
 
