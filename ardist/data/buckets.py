@@ -12,8 +12,8 @@ from ardist.errors import ConfigError
 
 
 def tokens_of(manifest: Manifest) -> int:
-    """Tokens of a sample: F x L of latents [F, L, C], F x H x W of pixels [F, H, W, 3]."""
-    return math.prod(manifest.shape[:-1])
+    """Tokens of a sample: F x L of latents [F, L, C] and those of its context, F x H x W of pixels [F, H, W, 3]."""
+    return math.prod(manifest.shape[:-1]) + (manifest.context_shape[0] if manifest.context_shape else 0)
 
 
 def bucket_batches(manifests: Sequence[Manifest], tokens_per_batch: int, *, lanes: int) -> tuple[int, ...]:

@@ -54,13 +54,11 @@ def dry_run(trainer: Trainer) -> None:
 
 def _largest(trainer: Trainer) -> tuple[Manifest, int]:
     """Dataset and number of clips of the micro-batch with the most tokens, context included; of equals the longest."""
-    assert trainer.config.denoiser is not None
-    context = trainer.config.denoiser.context_tokens
     parts = trainer.world.size * trainer.engine.accumulation
     clips = [batch // parts for batch in trainer.loader.global_batch_sizes]
     return max(
         zip(trainer.data.manifests, clips, strict=True),
-        key=lambda pair: (pair[1] * (context + tokens_of(pair[0])), pair[0].shape[0]),
+        key=lambda pair: (pair[1] * tokens_of(pair[0]), pair[0].shape[0]),
     )
 
 

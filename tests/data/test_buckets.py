@@ -138,7 +138,7 @@ def test_without_a_budget_all_batches_are_of_one_size(folders: list[Path]) -> No
 def refusal(**changes: Any) -> str:
     """What is said of batches of 12 clips, 20 shorter clips and 100 images on 2 ranks."""
     shapes = [(8, 3, 4), (5, 3, 4), (1, 3, 4)]
-    manifests: Any = [SimpleNamespace(shape=shape) for shape in shapes]
+    manifests: Any = [SimpleNamespace(shape=shape, context_shape=None) for shape in shapes]
     with pytest.raises(ConfigError) as caught:
         check_buckets(manifests, (12, 20, 100), **{"world_size": 2, "global_batch_size": 12, **changes})
     return str(caught.value)
@@ -176,16 +176,21 @@ def test_memory_counts_every_bucket(folders: list[Path], monkeypatch: pytest.Mon
 @settings(max_examples=200, deadline=None)
 @given(
     st.lists(st.tuples(st.integers(1, 64), st.integers(1, 300)), min_size=1, max_size=5),
+    st.integers(0, 80),
     st.integers(1, 64),
     st.integers(1, 200_000),
     st.integers(1, 64),
     st.integers(1, 64) | st.none(),
 )
 def test_batches_are_the_largest_legal_ones(
-    shapes: list[tuple[int, int]], lanes: int, budget: int, world_size: int, micro: int | None
+    shapes: list[tuple[int, int]], context: int, lanes: int, budget: int, world_size: int, micro: int | None
 ) -> None:
-    manifests: Any = [SimpleNamespace(shape=(frames, tokens, 4)) for frames, tokens in shapes]
+    manifests: Any = [
+        SimpleNamespace(shape=(frames, tokens, 4), context_shape=(context, 8) if context else None)
+        for frames, tokens in shapes
+    ]
     tokens = [tokens_of(manifest) for manifest in manifests]
+    assert tokens == [frames * each + context for frames, each in shapes]
     wanted = [budget // each // lanes * lanes for each in tokens]
     if not min(wanted):
         with pytest.raises(ConfigError, match="legal: at least"):

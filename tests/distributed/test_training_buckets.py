@@ -160,11 +160,15 @@ def test_context_counts_when_the_largest_micro_batch_is_looked_for() -> None:
 
     def largest(context_tokens: int) -> tuple[int, int]:
         trainer: Any = SimpleNamespace(
-            config=SimpleNamespace(denoiser=SimpleNamespace(context_tokens=context_tokens)),
             world=SimpleNamespace(size=2),
             engine=SimpleNamespace(accumulation=2),
             loader=SimpleNamespace(global_batch_sizes=(CLIPS, IMAGES)),
-            data=SimpleNamespace(manifests=[SimpleNamespace(shape=(frames, TOKENS, 4)) for frames in (FRAMES, 1)]),
+            data=SimpleNamespace(
+                manifests=[
+                    SimpleNamespace(shape=(frames, TOKENS, 4), context_shape=(context_tokens, 8))
+                    for frames in (FRAMES, 1)
+                ]
+            ),
         )
         manifest, clips = _largest(trainer)
         return clips, manifest.shape[0]
