@@ -28,8 +28,9 @@ class DataConfig(Section):
     tokens_per_batch: int | None = Field(
         None,
         ge=1,
-        description="by step: each dataset's batch is what fits of its samples (latents: F x L tokens each and those of its context), so that "
-        "steps of images and of clips cost about the same; training.global_batch_size is that of the longest samples",
+        description="by step: each dataset's batch is what fits of its samples (latents: F x L tokens each, and those "
+        "of its context), so that steps of images and of clips cost about the same; training.global_batch_size is that "
+        "of the longest samples",
     )
     lanes: int = Field(8, ge=1, description="L, fixed for the life of a run; divides the global batch size")
     window: int = Field(256, ge=1, description="W, samples of one shuffle window of a lane")
