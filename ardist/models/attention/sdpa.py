@@ -1,8 +1,8 @@
-"""The portable backend: PyTorch's fused attention, called over chunks of frames so that no forbidden pair is scored.
+"""The portable backend: PyTorch's fused attention, called over chunks of frames, each with the keys it may see.
 
-A chunk is one frame when frames are large; its keys are then one contiguous slice and no mask exists at all. Small
-frames are grouped, because a call costs more than the few pairs it would save: only such a chunk needs a mask, and the
-mask is as tall as the chunk. Plain differentiable operations throughout, so every device and compiler can run it.
+A chunk is one frame when frames are large; its keys are then one contiguous slice, no mask exists and no forbidden pair
+is scored. Small frames are grouped, because a call costs more than the few pairs it would save: only such a chunk needs
+a mask, and the mask is as tall as the chunk. Plain differentiable operations throughout, so every device and compiler can run it.
 """
 
 from __future__ import annotations
