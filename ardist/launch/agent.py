@@ -1,7 +1,8 @@
 """The supervisor's hand on another machine: ``python -m ardist.launch.agent``, over the pipes of a remote shell.
 
 It starts, watches and kills the ranks there, and does so by itself when the supervisor is not heard any more: a machine
-that was cut off must not go on training beside its own successor.
+that was cut off must not go on training beside its own successor. Who ends a whole job (Slurm) signals every process of
+it: the ranks save, so the agent stays for as long as they do.
 """
 
 from __future__ import annotations
@@ -11,11 +12,13 @@ import json
 import os
 import queue
 import select
+import signal
 import socket
 import sys
 import threading
 import time
 from collections.abc import Mapping
+from types import FrameType
 from typing import Any
 
 from ardist import log
@@ -28,6 +31,7 @@ from ardist.launch.nodes import LocalNode
 from ardist.launch.wire import code_digest, decode, line, pack_state, unpack_placement
 
 REPORT_SECONDS = 0.5
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 
 
 class Agent:
@@ -38,6 +42,7 @@ class Agent:
         self._node: LocalNode | None = None
         self._outbox: queue.Queue[dict[str, Any]] = queue.Queue(maxsize=20)
         self._heard = time.monotonic()
+        self._signalled = False
         self._out = os.dup(sys.stdout.fileno())
         # Ranks and libraries may print; the pipe is for messages only.
         os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
@@ -47,12 +52,16 @@ class Agent:
         """Serve until the end; returns the agent's own exit code."""
         buffer = b""
         reported = 0.0
+        for number in SIGNALS:
+            # Not SIG_IGN, which the ranks and their helpers would inherit.
+            signal.signal(number, self._receive)
         try:
             while time.monotonic() - self._heard < self._limits.node_seconds:
                 ready, _, _ = select.select([sys.stdin.fileno()], [], [], REPORT_SECONDS / 2)
                 if ready:
                     data = os.read(sys.stdin.fileno(), 65536)
                     if not data:
+                        self._let_save()
                         return HardwareError.exit_code  # the supervisor is gone
                     self._heard = time.monotonic()
                     *complete, buffer = (buffer + data).split(b"\n")
@@ -73,6 +82,18 @@ class Agent:
         self._greet(decode(word))
         self._flush()
         return 0
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        self._signalled = True
+
+    def _let_save(self) -> None:
+        """Ranks that were signalled with us, and with the connection, have the time to save."""
+        end = time.monotonic() + self._limits.grace_seconds
+        while self._signalled and self._node is not None and time.monotonic() < end:
+            state = self._node.state()
+            if state.exit_code is not None or state.failure is not None:
+                return
+            time.sleep(REPORT_SECONDS)
 
     def _obey(self, message: Mapping[str, Any]) -> bool:
         word = message["do"]

@@ -16,7 +16,7 @@ from typing import Any
 from ardist.config.launch import LaunchConfig
 from ardist.errors import ArdistError, HardwareError, Preempted
 from ardist.events import events
-from ardist.launch.nodes import Node
+from ardist.launch.nodes import Node, State
 from ardist.launch.policy import RestartPolicy, is_hopeless
 from ardist.launch.watchdog import Failure, Watchdog
 from ardist.training import goodput
@@ -145,12 +145,13 @@ class Supervisor:
         return outcome
 
     def _watch(self, attempt: Attempt, nodes: Sequence[Node]) -> int | Failure:
-        watchdog, watched = Watchdog(self._limits), sum(node.watched for node in nodes)
+        watchdog = Watchdog(self._limits)
         left_at: float | None = None
         while True:
             if (code := self._forward(nodes)) is not None:
                 return code
-            states = [node.state() for node in nodes]
+            heard = self._heard([(node, node.state()) for node in nodes])
+            states, watched = [state for _, state in heard], sum(node.watched for node, _ in heard)
             beats = [beat for state in states for beat in state.beats]
             self._note_steps(attempt, beats, max(len(beats), sum(node.ranks for node in nodes)))
             failures = [state.failure for state in states if state.failure is not None]
@@ -175,6 +176,16 @@ class Supervisor:
                 self._keep_stacks(attempt, nodes)
                 return told
             time.sleep(POLL_SECONDS)
+
+    def _heard(self, told: list[tuple[Node, State]]) -> list[tuple[Node, State]]:
+        """All; after a signal without machines that were cut off, as long as ranks of others may still save.
+
+        Who ends a whole job may end the connections too; that is no reason to kill the rest in the middle of a save.
+        """
+        if not self._signals or time.monotonic() - self._signals[0][1] > self._limits.grace_seconds:
+            return told
+        heard = [(node, state) for node, state in told if state.failure is None or state.failure.cause != "cut off"]
+        return heard if any(state.beats for _, state in heard) else told
 
     def _forward(self, nodes: Sequence[Node]) -> int | None:
         """Pass new signals on; the second one, after two seconds, ends everything at once."""

@@ -19,7 +19,7 @@ SCRIPT = ROOT / "launchers" / "slurm" / "train.sbatch"
 
 QUEUE = f"""#!{sys.executable}
 # sbatch: runs a script now, in the foreground, again whenever it was requeued.
-import os, pathlib, re, signal, subprocess, sys, threading, time
+import os, pathlib, psutil, re, signal, subprocess, sys, threading, time
 script, words = sys.argv[1], sys.argv[2:]
 options = dict(re.findall(r"^#SBATCH --([a-z-]+)(?:=(.*))?$", pathlib.Path(script).read_text(), re.M))
 shell, name, before = re.fullmatch(r"(B:)?(\\w+)@(\\d+)", options["signal"]).groups()
@@ -32,7 +32,11 @@ for count in range(9):
     copy.write_bytes(pathlib.Path(script).read_bytes()); copy.chmod(0o755)
     job = subprocess.Popen([str(copy), *words], env=environment, start_new_session=True)
     def end(limit):
-        if limit < 0:  # scancel, to the batch shell too
+        if limit < 0:  # scancel: to every process of every step, and to the batch shell
+            for step in (state / "steps").read_text().split():
+                for process in [*psutil.Process(int(step)).children(recursive=True), psutil.Process(int(step))]:
+                    process.send_signal(signal.SIGTERM)
+            time.sleep(float(os.environ["BATCH_LATER"]))
             job.send_signal(signal.SIGTERM)
         else:  # the time limit comes near: to the batch shell alone, as B: says
             job.send_signal(getattr(signal, "SIG" + name)) if shell else os.killpg(job.pid, signal.SIGUSR1)
@@ -70,6 +74,7 @@ assert "--overlap" in options and "--ntasks=1" in options, options
 [node] = [word.partition("=")[2] for word in options if word.startswith("--nodelist=")]
 assert node in ("node0", "node1"), node
 with open(pathlib.Path(os.environ["QUEUE"]) / "tasks", "a") as file: file.write(node + "\\n")
+with open(pathlib.Path(os.environ["QUEUE"]) / "steps", "a") as file: file.write(f"{{os.getpid()}}\\n")
 os.execvp(words[0], words)
 """
 
@@ -92,8 +97,9 @@ def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def submit(slurm: Path, limits: str, steps: int) -> subprocess.CompletedProcess[str]:
-    """sbatch with a word that no shell may touch; `limits`: steps at which USR1 comes (negative: TERM)."""
+def submit(slurm: Path, limits: str, steps: int, later: float = 0.0) -> subprocess.CompletedProcess[str]:
+    """sbatch with a word that no shell may touch; `limits`: steps at which USR1 comes (negative: TERM, to the
+    batch shell `later` seconds after the steps)."""
     config = slurm / "a config.yaml"
     launch = {"heartbeat_seconds": 20, "node_seconds": 20}
     config.write_text(yaml.safe_dump(settings(slurm / "the run", slurm, training__steps=steps, launch=launch)))
@@ -101,7 +107,7 @@ def submit(slurm: Path, limits: str, steps: int) -> subprocess.CompletedProcess[
     return subprocess.run(
         ["sbatch", str(SCRIPT), str(config), 'tracking.name="it\'s $HOME"'],
         cwd=ROOT,
-        env={**os.environ, "LIMITS": limits},
+        env={**os.environ, "LIMITS": limits, "BATCH_LATER": str(later)},
         capture_output=True,
         text=True,
         timeout=150,
@@ -121,8 +127,9 @@ def test_the_time_limit_saves_and_requeues_until_the_run_is_done(slurm: Path) ->
     assert all(one["words"][-1] == 'tracking.name="it\'s $HOME"' for one in told)
 
 
-def test_a_cancelled_job_saves_and_is_not_requeued(slurm: Path) -> None:
-    done = submit(slurm, "-5", 400)
+@pytest.mark.parametrize("later", [0.0, 0.5])
+def test_a_cancelled_job_saves_and_is_not_requeued(slurm: Path, later: float) -> None:
+    done = submit(slurm, "-5", 400, later)
     assert done.returncode == 75, done.stderr
     assert (slurm / "queue" / "codes").read_text().split() == ["75"]
     assert int((slurm / "the run" / "saved").read_text()) >= 5

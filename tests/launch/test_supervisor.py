@@ -21,10 +21,11 @@ from ardist.events import events
 from ardist.launch import engines, processes, supervisor, watchdog
 from ardist.launch.engines import Host, Placement, launches
 from ardist.launch.local import free_port
-from ardist.launch.nodes import LocalNode
+from ardist.launch.nodes import LocalNode, State
 from ardist.launch.supervisor import Supervisor
+from ardist.launch.watchdog import Failure
 from ardist.training import goodput
-from ardist.training.heartbeat import read_beats
+from ardist.training.heartbeat import Beat, Phase, read_beats
 
 HERE = Path(__file__).parent
 QUICK = {"heartbeat_seconds": 4.0, "step_seconds": 6.0, "data_seconds": 6.0, "other_seconds": 60.0}
@@ -230,6 +231,41 @@ def test_a_failure_after_a_signal_is_not_called_saved(tmp_path: Path) -> None:
     assert job.run() == 4
     assert goodput.read(tmp_path)[-1]["cause"] == "died"
     assert len(job.nodes) == 1, "it was asked to stop, so it is not started again"
+
+
+class Elsewhere:
+    """A machine whose rank gets on until it is cut off, which `when` says."""
+
+    name, ranks, watched = "elsewhere", 1, 1
+
+    def __init__(self, when: Callable[[], bool]) -> None:
+        self.when = when
+
+    def state(self) -> State:
+        now = time.monotonic()
+        beat = Beat(9, 1, 0.0, self.name, now, 1, now, 1000, 0, Phase.STEP, None, 0.0, "")
+        return State([], Failure("cut off", "gone", host=self.name)) if self.when() else State([beat])
+
+    def send_signal(self, number: int) -> None:
+        pass
+
+    def stacks(self) -> dict[str, str]:
+        return {}
+
+    def kill(self) -> None:
+        pass
+
+
+@pytest.mark.parametrize("grace", [60.0, 0.05])
+def test_a_connection_that_ends_with_the_job_does_not_keep_the_rest_from_saving(tmp_path: Path, grace: float) -> None:
+    job = Job(tmp_path, steps=1000, seconds=0.2, grace_seconds=grace)
+    start = job.supervisor._start
+    elsewhere = Elsewhere(lambda: bool(job.supervisor._signals))
+    job.supervisor._start = lambda attempt, name: [*start(attempt, name), elsewhere]
+    once_under_way(job, lambda: os.kill(os.getpid(), signal.SIGTERM), steps=2)
+    assert job.run() == (75 if grace > 1 else 4), "it is waited for a while only"
+    if grace > 1:
+        assert int((tmp_path / "saved").read_text()) == job.history[-1]
 
 
 def test_a_second_signal_stops_at_once(tmp_path: Path) -> None:
