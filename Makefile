@@ -42,6 +42,7 @@ bench: $(VENV)/.installed-dev  ## the benchmarks at sizes for two CPU cores; doc
 	$(BIN)/python benchmarks/loader.py
 	$(BIN)/python benchmarks/build.py
 	$(BIN)/python benchmarks/train_step.py
+	$(BIN)/python benchmarks/model_step.py
 
 ceph:  ## the Ceph gateway that the S3 tests prefer over moto's server, where it can be installed
 	tests/storage/install_ceph.sh
