@@ -92,14 +92,14 @@ class local_copy:
                 return digest
             if self.checked:
                 return digest
-            events.count("build.wrong_bytes", source=self._name, fetch=number, got=digest[:12])
-            if digest in seen and self._expected is not None:
-                raise Refusal(Reason.CHANGED, f"{number} fetches of the same version gave other bytes than its probe")
-            if digest in seen:
+            if digest in seen and self._expected is None:
                 # Two fetches agree, and not with the ETag: then this store's ETags are no MD5.
                 _access(self._root.address).etags_are_md5 = False
                 self.checked = True
                 return digest
+            events.count("build.wrong_bytes", source=self._name, fetch=number, got=digest[:12])
+            if digest in seen:
+                raise Refusal(Reason.CHANGED, f"{number} fetches of the same version gave other bytes than its probe")
             seen.append(digest)
         raise Refusal(Reason.CHANGED, f"{FETCHES} fetches of the same version gave wrong bytes, others each time")
 

@@ -12,8 +12,8 @@ class Reason(enum.StrEnum):
     """Reason codes of quarantine.jsonl; a name never changes its meaning."""
 
     VANISHED = "vanished"  # listed, but no longer there
-    CHANGED = "changed"  # size, time or version differ from the listing
-    UNREADABLE = "unreadable"  # permission or I/O error
+    CHANGED = "changed"  # size, time, version or bytes differ from the listing or the probe
+    UNREADABLE = "unreadable"  # permission or I/O error; archived
     NOT_A_FILE = "not_a_file"  # FIFO, device, socket, directory with a video's name
     EMPTY = "empty"  # zero bytes
     FORMAT = "format"  # not a container we allow

@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import resource
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from dt_builds import build_small
+from dt_builds import build_small, samples
 from s3_servers import FaultProxy, S3Server
 
 from ardist.data.manifest import load_manifest
-from ardist.errors import ConfigError
-from ardist.storage import Storage, open_storage
+from ardist.errors import ConfigError, DataError
+from ardist.events import events
+from ardist.storage import Storage, StorageError, open_storage
 from data_tools.cli import main
+from data_tools.fetch import local_copy
 from data_tools.lease import Pace
+from data_tools.reasons import Refusal
+from data_tools.sources import SourceRoot
 from data_tools.verify import verify
 
 Child = Callable[[Callable[[], Any], str], int]
@@ -32,6 +39,28 @@ def _upload(folder: Path, url: str) -> Storage:
         if path.is_file():
             storage.put(path.relative_to(folder).as_posix(), path)
     return storage
+
+
+@pytest.fixture
+def proxy(s3_server: S3Server, s3_url: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultProxy]:
+    """Between the builder and the server, without a script so far."""
+    between = FaultProxy(s3_server.endpoint)
+    monkeypatch.setenv("AWS_ENDPOINT_URL", between.start())
+    yield between
+    between.stop()
+
+
+def _in_parts(url: str, name: str, path: Path) -> None:
+    """Store a file as an upload of one part: its ETag is then not the MD5 of its bytes."""
+    import boto3
+
+    bucket, _, prefix = url.removeprefix("s3://").partition("/")
+    client, where = boto3.client("s3"), {"Bucket": bucket, "Key": f"{prefix}/{name}"}
+    upload = client.create_multipart_upload(**where)["UploadId"]
+    part = client.upload_part(Body=path.read_bytes(), PartNumber=1, UploadId=upload, **where)
+    parts = {"Parts": [{"PartNumber": 1, "ETag": part["ETag"]}]}
+    client.complete_multipart_upload(UploadId=upload, MultipartUpload=parts, **where)
+    assert "-1" in client.head_object(**where)["ETag"]
 
 
 def test_from_s3_to_s3_is_the_local_dataset(three_videos: Path, s3_url: str, digest: str) -> None:
@@ -107,3 +136,135 @@ def test_workers_and_a_kill(three_videos: Path, s3_url: str, digest: str, monkey
     summary = build_small(three_videos, f"{s3_url}/out", workers=2, start_method="fork", pace=pace)
     assert summary.manifest.digest() == digest
     assert not verify(f"{s3_url}/out").problems
+
+
+# A passing fetch is "", one with a wrong byte in its frames "flip/…"; the first fetch is the probe's.
+@pytest.mark.parametrize(
+    ("in_parts", "faults"),
+    [
+        (False, ["flip/1500"]),
+        (False, ["flip/1500", "noise"]),
+        (False, ["", "flip/1500"]),
+        (False, ["", "noise", "flip/1500"]),
+        (True, ["noise"]),
+        (True, ["noise", "", "flip/1500"]),
+        (True, ["", "flip/1500"]),
+    ],
+)
+def test_wrong_bytes_of_a_source_are_fetched_again(
+    three_videos: Path, s3_url: str, proxy: FaultProxy, digest: str, tmp_path: Path, in_parts: bool, faults: list[str]
+) -> None:
+    _upload(three_videos, f"{s3_url}/videos")
+    if in_parts:
+        _in_parts(f"{s3_url}/videos", "a.mp4", three_videos / "a.mp4")
+    proxy.script = [("GET:/videos/a.mp4", fault) for fault in faults]
+    summary = build_small(f"{s3_url}/videos", tmp_path / "out")
+    assert not proxy.script
+    assert not summary.refused_videos + summary.refused_clips, summary.reasons
+    assert summary.manifest.digest() == digest
+    assert events.snapshot()["build.wrong_bytes"] == sum(bool(fault) for fault in faults)
+
+
+def test_other_bytes_than_those_that_were_probed_are_refused(
+    three_videos: Path, s3_url: str, proxy: FaultProxy, tmp_path: Path
+) -> None:
+    """What no fetch gives any more cannot be built, and a good ETag does not make it so."""
+    _upload(three_videos, f"{s3_url}/videos")
+    proxy.script = [("GET:/videos/a.mp4", fault) for fault in ("", *["flip/1500"] * 20)]
+    summary = build_small(f"{s3_url}/videos", tmp_path / "out")
+    assert summary.reasons == "3 x changed"
+    assert summary.manifest.num_samples == 6
+    proxy.script = [("GET:/videos/a.mp4", f"flip/{1500 + number}") for number in range(4)]
+    summary = build_small(f"{s3_url}/videos", tmp_path / "other")
+    assert summary.reasons == "1 x changed"
+    assert summary.manifest.num_samples == 6
+
+
+def test_etags_that_are_no_md5(
+    three_videos: Path, s3_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Encrypted objects have ETags that look like one: two fetches that agree are believed."""
+    _upload(three_videos, f"{s3_url}/videos")
+    monkeypatch.setattr("data_tools.fetch._md5_of", lambda path: "0" * 32)
+    summary = build_small(f"{s3_url}/videos", tmp_path / "out", probers=1)
+    assert summary.manifest.num_samples == 9
+    assert 1 <= events.snapshot()["build.wrong_bytes"] <= 2  # those that were under way together
+
+
+@pytest.mark.parametrize("code", ["403/InvalidObjectState", "403/AccessDenied", "400/KMS.DisabledException"])
+def test_one_object_that_is_denied_costs_that_object(
+    three_videos: Path, s3_url: str, proxy: FaultProxy, tmp_path: Path, code: str
+) -> None:
+    _upload(three_videos, f"{s3_url}/videos")
+    proxy.script = [("GET:/videos/c.mp4", code)]
+    summary = build_small(f"{s3_url}/videos", tmp_path / "out")
+    assert summary.reasons == "1 x unreadable"
+    assert summary.manifest.num_samples == 6
+
+
+def test_many_denied_objects_end_the_build(three_videos: Path, s3_url: str, proxy: FaultProxy, tmp_path: Path) -> None:
+    """Then it is the credentials; nothing is written down about the objects, and the next run finds all of them."""
+    storage = open_storage(f"{s3_url}/videos")
+    for number in range(6):
+        storage.put(f"{number}.mp4", (three_videos / "a.mp4").read_bytes() + bytes(number))
+    proxy.script = [("GET:.mp4", "403/AccessDenied")] * 6
+    with pytest.raises(StorageError, match="objects in a row were denied"):
+        build_small(f"{s3_url}/videos", tmp_path / "out")
+    proxy.script.clear()
+    assert build_small(f"{s3_url}/videos", tmp_path / "out").manifest.num_samples == 18
+    proxy.script = [("GET:.mp4", "403/InvalidObjectState")] * 6
+    with pytest.raises(DataError, match="6 x unreadable"):
+        build_small(f"{s3_url}/videos", tmp_path / "archived")
+
+
+def test_denied_after_what_was_granted_is_denied_too(
+    three_videos: Path, s3_url: str, proxy: FaultProxy, tmp_path: Path
+) -> None:
+    """Credentials that lose their rights on the way cost no object: one look at what could be read tells."""
+    storage = _upload(three_videos, f"{s3_url}/videos")
+    root = SourceRoot(f"{s3_url}/videos")
+    with local_copy(root, "a.mp4", storage.stat("a.mp4").version, tmp_path):
+        pass
+    proxy.script = [("GET", "403/AccessDenied")]
+    with pytest.raises(Refusal, match="unreadable"), local_copy(root, "c.mp4", storage.stat("c.mp4").version, tmp_path):
+        pass
+    proxy.script = [("GET", "403/AccessDenied")] * 2
+    with pytest.raises(StorageError, match=r"nor any longer read a\.mp4"):
+        local_copy(root, "c.mp4", storage.stat("c.mp4").version, tmp_path).__enter__()
+    assert not list(tmp_path.iterdir())
+
+
+def test_odd_keys(three_videos: Path, s3_url: str, tmp_path: Path) -> None:
+    """Whatever a store takes for a key is a source like any other: empty parts, dots, what a URL means something by."""
+    import boto3
+
+    bucket, _, prefix = f"{s3_url}/videos/".removeprefix("s3://").partition("/")
+    names = ["/b.mp4", "x//y.mp4", "./c.mp4", "../d.mp4", " e.mp4", "f?g#h%2e.mp4"]
+    for number, name in enumerate(names):
+        body = (three_videos / "a.mp4").read_bytes() + bytes(number)
+        boto3.client("s3").put_object(Bucket=bucket, Key=prefix + name, Body=body)
+    summary = build_small(f"{s3_url}/videos", tmp_path / "out")
+    assert not summary.refused_videos + summary.refused_clips, summary.reasons
+    assert {str(info["source"]) for _, info in samples(tmp_path / "out").values()} == set(names)
+
+
+def test_no_room_for_a_copy(
+    three_videos: Path, s3_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Sources of a remote prefix are probed as copies; files may not grow beyond what the records need."""
+    _upload(three_videos, f"{s3_url}/videos")
+    words = [sys.executable, "-m", "data_tools", "build", "--videos", f"{s3_url}/videos", "--out", str(tmp_path / "o")]
+    words += ["--num-frames", "4", "--size", "16"]
+    done = subprocess.run(
+        words,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000)),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 4, done.stderr
+    assert f"cannot write a copy of {s3_url}/videos/" in done.stderr
+    assert "File too large" in done.stderr
+    assert "run build again" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert main(words[3:]) == 0

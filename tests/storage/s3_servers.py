@@ -88,6 +88,8 @@ def start_server(kind: str, folder: Path) -> Iterator[S3Server]:
 class FaultProxy:
     """Forwards to a server; each request first takes the next fault of the script, if its method matches.
 
+    The method is one of HTTP's, ``*``, or ``GET:text`` for requests whose path contains the text.
+
     Faults: ``500``, ``503``, ``503/2`` (Retry-After 2), ``429``, ``403/Code``, ``reset``, ``short`` (half of the
     body, then the connection closes), ``stall`` (half of the body, then nothing), ``flip`` (one wrong byte; ``flip/7``:
     byte 7), ``noise`` (only wrong bytes), ``html`` (200 with a web page), ``norange`` (200 with the whole object),
@@ -133,7 +135,8 @@ class FaultProxy:
         """One request."""
         body = request.rfile.read(int(request.headers.get("Content-Length") or 0))
         fault = ""
-        if self.script and self.script[0][0] in (request.command, "*"):
+        method, _, place = self.script[0][0].partition(":") if self.script else ("", "", "")
+        if method in (request.command, "*") and place in urllib.parse.unquote(request.path):
             fault = self.script.pop(0)[1]
         self.seen.append((request.command, request.headers.get("Range") or "", fault))
         kind, _, argument = fault.partition("/")
