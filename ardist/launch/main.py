@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 
 from ardist import log
 from ardist.config import TrainConfig, batch_layout, load_config
-from ardist.errors import ArdistError, ConfigError, InvalidValueError
+from ardist.errors import ArdistError, ConfigError, HardwareError, InvalidValueError
 from ardist.launch.cluster import Cluster, Order, run_directory, start_alone
 from ardist.launch.engines import ENGINES, MODULE, Host, Placement
 from ardist.launch.hosts import is_here, read_hostfile
@@ -42,6 +42,11 @@ def parser() -> argparse.ArgumentParser:
     words.add_argument("--node-rank", type=int, help="with --no-ssh: number of this machine, from 0")
     words.add_argument("--master-addr", help="address of the first machine, as the others see it")
     words.add_argument("--master-port", type=int, help="port on it; default: a free one, 29500 with --no-ssh")
+    words.add_argument(
+        "--has-checkpoint",
+        action="store_true",
+        help="start nothing; exit code 0: the run has one to go on from, 1: none",
+    )
     words.add_argument("--debug", action="store_true", help="tracebacks and debug messages")
     words.add_argument("config", help="a YAML file such as configs/quickstart/denoiser.yaml")
     words.add_argument("overrides", nargs="*", help="settings over the file's: training.steps=200")
@@ -66,10 +71,22 @@ def run(options: argparse.Namespace, module: str = MODULE) -> int:
     if options.master_port is not None and not 1 <= options.master_port <= 65535:
         raise InvalidValueError(f"--master-port {options.master_port} is out of range; legal: 1 to 65535")
     config = load_config(TrainConfig, options.config, options.overrides)
+    if options.has_checkpoint:
+        return 0 if _has_checkpoint(config) else 1
     order = Order(config, options.config, tuple(options.overrides), options.launcher, module, options.debug)
     starter = _starter(options, order)
     first = not options.no_ssh or options.node_rank == 0
     return Supervisor(config.launch, run_directory(config), starter, keeps_book=first).run()
+
+
+def _has_checkpoint(config: TrainConfig) -> bool:
+    # Only now: it takes seconds.
+    from ardist.training.object_store import open_store
+
+    try:
+        return bool(open_store(config.checkpoint, run_directory(config) / "checkpoints").steps())
+    except OSError as error:
+        raise HardwareError(f"the checkpoints of {config.run_dir} cannot be listed: {error}") from error
 
 
 def _starter(options: argparse.Namespace, order: Order) -> Callable[[int, str], Sequence[Node]]:

@@ -38,6 +38,13 @@ for count in range(9):
                     process.send_signal(signal.SIGTERM)
             time.sleep(float(os.environ["BATCH_LATER"]))
             job.send_signal(signal.SIGTERM)
+        elif "BREAK" in os.environ:  # one rank cannot save, and dies of it
+            [rank, *_] = [process for step in (state / "steps").read_text().split()
+                for process in psutil.Process(int(step)).children(recursive=True) if "toy_words" in process.cmdline()]
+            rank.suspend()
+            job.send_signal(signal.SIGUSR1)
+            time.sleep(2)
+            rank.kill()
         else:  # the time limit comes near: to the batch shell alone, as B: says
             job.send_signal(getattr(signal, "SIG" + name)) if shell else os.killpg(job.pid, signal.SIGUSR1)
     def watch(limit=limits[count] if count < len(limits) else None):
@@ -103,7 +110,7 @@ def submit(slurm: Path, limits: str, steps: int, later: float = 0.0) -> subproce
     config = slurm / "a config.yaml"
     launch = {"heartbeat_seconds": 20, "node_seconds": 20}
     config.write_text(yaml.safe_dump(settings(slurm / "the run", slurm, training__steps=steps, launch=launch)))
-    (slurm / "the run").mkdir()
+    (slurm / "the run").mkdir(exist_ok=True)
     return subprocess.run(
         ["sbatch", str(SCRIPT), str(config), 'tracking.name="it\'s $HOME"'],
         cwd=ROOT,
@@ -133,6 +140,22 @@ def test_a_cancelled_job_saves_and_is_not_requeued(slurm: Path, later: float) ->
     assert done.returncode == 75, done.stderr
     assert (slurm / "queue" / "codes").read_text().split() == ["75"]
     assert int((slurm / "the run" / "saved").read_text()) >= 5
+
+
+@pytest.mark.parametrize("checkpoint", [True, False])
+def test_a_failure_at_the_time_limit_is_requeued_with_a_checkpoint_only(
+    slurm: Path, monkeypatch: pytest.MonkeyPatch, checkpoint: bool
+) -> None:
+    monkeypatch.setenv("BREAK", "1")
+    if checkpoint:
+        (slurm / "the run" / "checkpoints" / "step-00000005").mkdir(parents=True)
+    done = submit(slurm, "5", 60)
+    first, *later = (slurm / "queue" / "codes").read_text().split()
+    assert first == "4"
+    # What a toy rank announced holds for its next start too: it may leave once more before it is done.
+    assert later in ([["0"], ["75", "0"]] if checkpoint else [[]])
+    assert done.returncode == (0 if checkpoint else 4), done.stderr
+    assert ("not saved, but there is an earlier checkpoint" in done.stdout) == checkpoint
 
 
 def test_without_arguments_it_says_how(slurm: Path) -> None:
