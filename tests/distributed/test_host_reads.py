@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import sys
+import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from ranks import run_ranks
 from tiny import tiny_config, write_latents
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ardist.config import TrainConfig
+from ardist.diffusion import counter_rng
 from ardist.diffusion.noise import NoiseSchedule
 from ardist.training.callbacks import Callback
 from ardist.training.trainer import Trainer, train
@@ -33,25 +37,62 @@ class Counter(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
+class MethodCounter:
+    """Counts what copies whole tensors to the host, which on a CPU no operator shows; names who asked for it.
+
+    Batches are born on the host, so what the loader's package does to them is no read.
+    """
+
+    METHODS = ("tolist", "numpy", "cpu")
+
+    def __init__(self) -> None:
+        self.reads: list[str] = []
+        self._usual: dict[str, Any] = {}
+
+    def __enter__(self) -> None:
+        for name in self.METHODS:
+            self._usual[name] = getattr(torch.Tensor, name)
+            setattr(torch.Tensor, name, self._counted(name))
+
+    def __exit__(self, *_: object) -> None:
+        for name, method in self._usual.items():
+            setattr(torch.Tensor, name, method)
+
+    def _counted(self, name: str) -> Any:
+        usual = self._usual[name]
+
+        def method(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+            caller = sys._getframe(1)
+            where = f"{Path(caller.f_code.co_filename).parent.name}/{Path(caller.f_code.co_filename).name}"
+            if threading.current_thread() is threading.main_thread() and not where.startswith("data/"):
+                self.reads.append(f"{name} in {where}:{caller.f_lineno}")
+            return usual(tensor, *args, **kwargs)
+
+        return method
+
+
 class CountedSteps(Callback):
     """Counts from the end of step 2 to the end of step 6; the next log point is step 8."""
 
     def __init__(self) -> None:
-        self.counter = Counter()
+        self.counter, self.methods = Counter(), MethodCounter()
 
     def after_step(self, trainer: Trainer) -> None:
         if trainer.step == 2:
             self.counter.__enter__()
+            self.methods.__enter__()
         if trainer.step == 6:
+            self.methods.__exit__()
             self.counter.__exit__(None, None, None)
 
 
 def _count(config: TrainConfig) -> list[str]:
-    # On a CPU the schedule looks at its timesteps, which on a device it leaves to the kernel.
+    # On a CPU the schedule looks at its timesteps, and small draws are NumPy's; on a device neither is so.
+    counter_rng.HOST_BLOCKS = 0
     NoiseSchedule.check = lambda self, timesteps: None  # type: ignore[method-assign]
     counted = CountedSteps()
     train(config, [counted])
-    return counted.counter.reads
+    return counted.counter.reads + counted.methods.reads
 
 
 @pytest.mark.parametrize(
