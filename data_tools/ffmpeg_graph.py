@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import subprocess
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
@@ -9,7 +11,8 @@ from typing import Any
 import ffmpeg
 
 from ardist.media import ffmpeg_binary
-from data_tools.probe import VideoFacts
+from data_tools.probe import ALPHA_DECODERS, VideoFacts
+from data_tools.reasons import Reason, Refusal
 from data_tools.sandbox import ALLOWED_FORMATS, PROTOCOLS
 
 SCALE_FLAGS = "bicubic+accurate_rnd+full_chroma_int+full_chroma_inp+bitexact"
@@ -52,11 +55,13 @@ def command_line(request: DecodeRequest, descriptor: int, *, strict: bool) -> li
     """ffmpeg's argument list for a request; the video is the inherited `descriptor`, never a name.
 
     The input is limited rather than the output, so nothing far behind the wanted frames is touched; a few frames
-    more than asked for may come. With `strict` any damage ends the process with a status, else it goes on.
+    more than asked for may come. With `strict` any damage ends the process with a status, else it goes on. Raises
+    `Refusal` for a video that this ffmpeg has no decoder for.
     """
     facts = request.facts
     options: dict[str, Any] = {
         "f": facts.format,
+        **_decoder(facts),
         "protocol_whitelist": PROTOCOLS,
         "format_whitelist": ",".join(ALLOWED_FORMATS),
         "max_pixels": request.max_pixels,
@@ -77,6 +82,22 @@ def command_line(request: DecodeRequest, descriptor: int, *, strict: bool) -> li
     words = ["-nostdin", "-hide_banner", "-loglevel", "error", "-copyts", "-filter_complex_threads", "1"]
     words += ["-xerror"] if strict else []
     return [str(word) for word in ffmpeg.compile(output.global_args(*words), cmd=ffmpeg_binary())]
+
+
+def _decoder(facts: VideoFacts) -> dict[str, str]:
+    """The decoder that must be named because ffmpeg's first choice would not see the alpha."""
+    name = ALPHA_DECODERS.get(facts.codec) if facts.alpha else None
+    if name is not None and name not in _decoders():
+        raise Refusal(Reason.CODEC, f"has alpha, and the ffmpeg here has no {name} to decode it")
+    return {} if name is None else {"c:v": name}
+
+
+@functools.cache
+def _decoders() -> frozenset[str]:
+    """Names of the decoders of the ffmpeg that is used here."""
+    words = [ffmpeg_binary(), "-hide_banner", "-loglevel", "error", "-decoders"]
+    lines = subprocess.run(words, capture_output=True, text=True, check=True).stdout.splitlines()
+    return frozenset(line.split()[1] for line in lines if len(line.split()) > 1)
 
 
 def _on_grid(stream: Any, request: DecodeRequest) -> Any:

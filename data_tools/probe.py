@@ -28,6 +28,9 @@ FIRST_FRAMES = 2
 SEEKABLE = frozenset({"mov", "matroska"})
 """Containers whose index makes a seek land exactly on a key frame."""
 
+ALPHA_DECODERS = {"vp8": "libvpx", "vp9": "libvpx-vp9"}
+"""Codecs whose alpha is a second picture beside the first, which ffmpeg's own decoders pass over."""
+
 _TRANSFER_PQ, _TRANSFER_HLG = 16, 18
 _UNSPECIFIED = 2
 _PROGRESSIVE = (0, 1)
@@ -248,7 +251,8 @@ def _facts(container: InputContainer, stream: VideoStream, sha256: str, caps: Pr
     first = frames[0]
     name = container.format.name.split(",")[0]
     seekable = name in SEEKABLE and not line.by_index
-    known_alpha = any(component.is_alpha for component in first.format.components)
+    beside = context.codec.name in ALPHA_DECODERS and stream.metadata.get("alpha_mode") == "1"
+    known_alpha = beside or any(component.is_alpha for component in first.format.components)
     return VideoFacts(
         sha256=sha256,
         format=name,

@@ -231,3 +231,15 @@ def test_probing_many_keeps_their_order(tmp_path: Path) -> None:
     assert isinstance(answers[4], Refusal)
     shutil.copy(paths[3], paths[0])
     assert isinstance(next(iter(probe_all(requests[:1], CAPS, 1, 30))), Refusal)
+
+
+def test_alpha_that_this_ffmpeg_cannot_decode_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rather than shown without it: what was transparent would come out in whatever colour lies below."""
+    codec = ("-c:v", "libvpx-vp9", "-cpu-used", "8", "-pix_fmt", "yuva420p")
+    facts = probe(str(make_video(tmp_path / "a.webm", codec=codec)), None, CAPS)
+    assert facts.alpha
+    request = DecodeRequest(facts, 0, 4, Fraction(12), 16, 1000)
+    assert "libvpx-vp9" in command_line(request, 7, strict=True)
+    monkeypatch.setattr("data_tools.ffmpeg_graph._decoders", frozenset)
+    with pytest.raises(Refusal, match="codec: has alpha, and the ffmpeg here has no libvpx-vp9"):
+        command_line(request, 7, strict=True)

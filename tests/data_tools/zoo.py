@@ -270,26 +270,53 @@ def _subtitles(path: Path) -> None:
     path.write_text("1\n00:00:00,000 --> 00:00:01,000\nhello\n\n" * 20)
 
 
+def _alias(target: Path) -> bytes:
+    """A QuickTime alias record to an absolute path."""
+    name = os.fsencode(target)
+    name += b"\0" * (len(name) % 2)
+    levels = struct.pack(">HH", 0, 0)  # no relative path: only the absolute one leads there
+    return (
+        bytes(10 + 28 + 12 + 64 + 16) + levels + bytes(16) + struct.pack(">HH", 2, len(name)) + name + b"\xff\xff\0\0"
+    )
+
+
+def _external(kind: bytes, body: Callable[[Path], bytes]) -> Callable[[Path], None]:
+    """A movie whose frames lie in another file, which its dref names: opened, it would show quadrants."""
+
+    def make(path: Path) -> None:
+        outside = path.parent.parent / f"{path.name}.frames"
+        quadrants(outside, *X264, "-f", "mov")
+        data = outside.read_bytes()
+        at = data.index(b"dref") - 4
+        length = struct.unpack_from(">I", data, at)[0]
+        content = kind + bytes(4) + body(outside)
+        entry = struct.pack(">I", 4 + len(content)) + content
+        dref = struct.pack(">I", 16 + len(entry)) + b"dref\0\0\0\0\0\0\0\1" + entry
+        grown = len(dref) - length
+        out = bytearray(data[:at] + dref + data[at + length :])
+        for name in (b"moov", b"trak", b"mdia", b"minf", b"dinf"):
+            place = bytes(out).index(name) - 4
+            struct.pack_into(">I", out, place, struct.unpack_from(">I", out, place)[0] + grown)
+        # The samples themselves are gone from this file; their places in the other one are as they were.
+        mdat = bytes(out).index(b"mdat")
+        assert mdat < at
+        size = struct.unpack_from(">I", out, mdat - 4)[0]
+        out[mdat + 4 : mdat - 4 + size] = bytes(size - 8)
+        path.write_bytes(out)
+
+    return make
+
+
 @bad("external.mov", "damaged", "format", "no_video")
-def _external(path: Path) -> None:
-    """A movie whose data lie in another file: its dref names one."""
-    quadrants(path, *X264)
-    data = path.read_bytes()
-    target = b"file:///etc/passwd\0"
-    at = data.index(b"dref") - 4
-    length = struct.unpack_from(">I", data, at)[0]
-    entry = struct.pack(">I", 12 + len(target)) + b"url \0\0\0\0" + target
-    dref = struct.pack(">I", 16 + len(entry)) + b"dref\0\0\0\0\0\0\0\1" + entry
-    grown = len(dref) - length
-    out = bytearray(data[:at] + dref + data[at + length :])
-    for name in (b"moov", b"trak", b"mdia", b"minf", b"dinf"):
-        place = bytes(out).index(name) - 4
-        struct.pack_into(">I", out, place, struct.unpack_from(">I", out, place)[0] + grown)
-    # The samples themselves are gone from this file.
-    mdat = bytes(out).index(b"mdat")
-    size = struct.unpack_from(">I", out, mdat - 4)[0]
-    out[mdat + 4 : mdat - 4 + size] = bytes(size - 8)
-    path.write_bytes(out)
+def _external_alias(path: Path) -> None:
+    """By an alias, which ffmpeg follows where it is allowed to: the bait is a good one."""
+    _external(b"alis", _alias)(path)
+    run_ffmpeg("-xerror", "-enable_drefs", "1", "-use_absolute_path", "1", "-i", path, "-f", "null", "-")
+
+
+bad("external_url.mov", "damaged", "format", "no_video")(
+    _external(b"url ", lambda target: f"file://{target}".encode() + b"\0")
+)
 
 
 @bad("two_frames.mp4", "too_short")

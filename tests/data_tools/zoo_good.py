@@ -336,6 +336,12 @@ good("alpha_prores.mov", _half_black)(
     _transparent("-c:v", "prores_ks", "-profile:v", "4444", "-pix_fmt", "yuva444p10le")
 )
 good("alpha_qtrle.mov", _half_black)(_transparent("-c:v", "qtrle", "-pix_fmt", "argb"))
+good("alpha_vp9.webm", _half_black)(
+    _transparent("-c:v", "libvpx-vp9", "-pix_fmt", "yuva420p", "-cpu-used", "8", "-b:v", "500k")
+)
+good("alpha_vp8.webm", _half_black)(
+    _transparent("-c:v", "libvpx", "-pix_fmt", "yuva420p", "-auto-alt-ref", "0", "-cpu-used", "8", "-b:v", "500k")
+)
 good("alpha_png.mov", _half_black)(_transparent("-c:v", "png", "-pix_fmt", "rgba"))
 
 
