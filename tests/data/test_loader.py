@@ -6,6 +6,8 @@ import json
 import multiprocessing
 import os
 import random
+import subprocess
+import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ import pytest
 import torch
 from dataset_factory import key_of, latent, make_dataset, number_of
 
+import ardist
 from ardist.config.data import DataConfig
 from ardist.data.batch import RowBuffer
 from ardist.data.loader import StreamingLoader, read_samples
@@ -275,14 +278,28 @@ def test_one_sample_is_enough_for_a_batch_of_one(tmp_path: Path) -> None:
         assert loader.state_dict()["epoch"] == 2
 
 
-def test_order_does_not_depend_on_the_environment(dataset: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+_SERVE = """
+import sys
+from ardist.config.data import DataConfig
+from ardist.data.loader import StreamingLoader
+config = DataConfig(path=sys.argv[1], lanes=4, window=8, prefetch_bytes=2**20)
+with StreamingLoader(config, seed=1, global_batch_size=8) as loader:
+    for _ in range(5):
+        print(bytes(next(loader).values.numpy().tobytes()).hex())
+"""
+
+
+def test_order_does_not_depend_on_the_environment(dataset: Path) -> None:
+    """What the interpreter reads when it starts: hash seed, language, time zone; and where it was started."""
     with open_loader(dataset) as loader:
-        expected = served(loader, 5)
-    monkeypatch.setenv("LC_ALL", "C")
-    monkeypatch.setenv("PYTHONHASHSEED", "7")
-    monkeypatch.chdir(dataset.parent)
-    with open_loader(Path(os.path.relpath(dataset))) as loader:
-        assert served(loader, 5) == expected
+        expected = [bytes(next(loader).values.numpy().tobytes()).hex() for _ in range(5)]
+    for seed, language, zone, folder in (("0", "C", "UTC", Path.cwd()), ("7", "C.UTF-8", "Asia/Tokyo", dataset.parent)):
+        environment = {**os.environ, "PYTHONHASHSEED": seed, "LC_ALL": language, "TZ": zone}
+        environment["PYTHONPATH"] = str(Path(ardist.__file__).parents[1])
+        words = [sys.executable, "-c", _SERVE, os.path.relpath(dataset, folder)]
+        done = subprocess.run(words, env=environment, cwd=folder, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.split() == expected
 
 
 @pytest.mark.parametrize("shape", [(2, 3, 4), (16, 1024, 32), (1, 1, 70_001), (7, 11, 1021)])
