@@ -22,13 +22,14 @@ from types import FrameType
 from typing import Any
 
 from ardist import log
+from ardist.code_digest import code_digest
 from ardist.config import TrainConfig, load_config
 from ardist.config.launch import LaunchConfig
 from ardist.errors import ArdistError, HardwareError
 from ardist.launch.engines import launches
 from ardist.launch.local import check_port, count_gpus, free_port, rank_environment
 from ardist.launch.nodes import LocalNode
-from ardist.launch.wire import code_digest, decode, line, pack_state, unpack_placement
+from ardist.launch.wire import decode, line, pack_state, unpack_placement
 
 REPORT_SECONDS = 0.5
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
@@ -63,11 +64,12 @@ class Agent:
                     if not data:
                         self._let_save()
                         return HardwareError.exit_code  # the supervisor is gone
-                    self._heard = time.monotonic()
                     *complete, buffer = (buffer + data).split(b"\n")
                     for text in complete:
                         if not self._obey(json.loads(text)):
                             return 0
+                    # Not before: to obey may take longer than the supervisor may be silent.
+                    self._heard = time.monotonic()
                 if time.monotonic() - reported > REPORT_SECONDS:
                     reported = time.monotonic()
                     self._report()

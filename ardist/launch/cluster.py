@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ardist.code_digest import code_digest
 from ardist.config import TrainConfig
 from ardist.errors import ArdistError, ConfigError, HardwareError
 from ardist.events import events
@@ -18,7 +19,7 @@ from ardist.launch.hosts import fitting, is_here
 from ardist.launch.local import check_port, count_gpus, free_port, rank_environment
 from ardist.launch.nodes import LocalNode, Node
 from ardist.launch.remote import RemoteNode
-from ardist.launch.wire import code_digest, pack_placement
+from ardist.launch.wire import pack_placement
 from ardist.training.goodput import JOB_VARIABLE
 
 _log = logging.getLogger("ardist.launch")

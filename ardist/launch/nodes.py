@@ -22,6 +22,7 @@ import psutil
 
 from ardist.config.launch import LaunchConfig
 from ardist.errors import Preempted
+from ardist.events import events
 from ardist.launch import processes
 from ardist.launch.engines import MODULE, Launch
 from ardist.launch.watchdog import Failure
@@ -29,7 +30,7 @@ from ardist.training.heartbeat import DIRECTORY_VARIABLE, Beat, dump_signal, rea
 
 LAUNCHER_VARIABLE = "ARDIST_LAUNCHER"
 STACK_SECONDS = 2.0
-NO_PROCESS = 127
+KILL_SECONDS = 10.0
 _GOOD = (0, Preempted.exit_code)
 _log = logging.getLogger("ardist.launch")
 
@@ -192,9 +193,14 @@ class LocalNode:
         left = processes.kill(self._mark)
         if left:
             _log.error("processes %s of the job cannot be killed", left)
+        end = time.monotonic() + KILL_SECONDS
         for process in self._processes:
             process.kill()
-            process.wait()
+            try:
+                process.wait(max(0.1, end - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                # It hangs in the kernel, in a driver or a file system; the others need not wait for that.
+                events.count("launch.not_killed", host=self.name, pid=process.pid)
         if self._guard is not None:
             self._guard.kill()
             self._guard.wait()

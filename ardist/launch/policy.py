@@ -44,6 +44,7 @@ class RestartPolicy:
         last, self._last = self._last, failure
         if is_hopeless(failure):
             return Decision(problem="another try would end the same way")
+        # Only what ranks told: machines that are not there may come back.
         told = failure.cause in ("error", "start")
         if (
             told

@@ -16,6 +16,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ardist.errors import HardwareError
+from ardist.events import events
 from ardist.launch.nodes import State
 from ardist.launch.watchdog import Failure
 from ardist.launch.wire import line, unpack_placement, unpack_state
@@ -124,7 +125,10 @@ class RemoteNode:
                 self._process.wait(END_SECONDS)
         self._outbox.put(None)
         self._process.kill()
-        self._process.wait()
+        try:
+            self._process.wait(END_SECONDS)
+        except subprocess.TimeoutExpired:
+            events.count("launch.not_killed", host=self.name, pid=self._process.pid)
 
     def _say(self, message: dict[str, Any]) -> None:
         self._outbox.put(line(message))

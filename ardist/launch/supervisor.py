@@ -77,7 +77,7 @@ class Supervisor:
             for number, handler in before.items():
                 signal.signal(number, handler)
             if self._keeps_book and self._run_dir.is_dir():
-                goodput.refresh_summary(self._run_dir)
+                self._note(goodput.refresh_summary, self._run_dir)
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         self._signals.append((number, time.monotonic()))
@@ -119,7 +119,7 @@ class Supervisor:
         except ArdistError as error:
             if attempt.number == 1:
                 raise  # nothing ran yet: this is for the user to mend
-            return Failure("start", str(error), exit_code=error.exit_code)
+            return Failure("machines", str(error), exit_code=error.exit_code)
         failed = None
         try:
             outcome = self._watch(attempt, nodes)
@@ -139,9 +139,8 @@ class Supervisor:
         # What never trained is not written into what may be another job's run directory.
         if self._keeps_book and self._run_dir.is_dir() and (attempt.first_step is not None or attempt.number > 1):
             name = outcome.cause if isinstance(outcome, Failure) else cause.get(outcome, "stopped at once")
-            goodput.note_end(
-                self._run_dir, self._job, attempt.number, began=attempt.began, ended=self._now(), cause=name, **details
-            )
+            details |= {"began": attempt.began, "ended": self._now(), "cause": name}
+            self._note(goodput.note_end, self._run_dir, self._job, attempt.number, **details)
         return outcome
 
     def _watch(self, attempt: Attempt, nodes: Sequence[Node]) -> int | Failure:
@@ -205,10 +204,16 @@ class Supervisor:
         steps = max((beat.step for beat in beats), default=0)
         writes = self._keeps_book and self._run_dir.is_dir()
         if writes and first is not None and steps > first and not attempt.steps:
-            goodput.note_first_step(
-                self._run_dir, self._job, attempt.number, at=self._now(), resumed_step=first, ranks=ranks
-            )
+            details = {"at": self._now(), "resumed_step": first, "ranks": ranks}
+            self._note(goodput.note_first_step, self._run_dir, self._job, attempt.number, **details)
         attempt.steps = max(0, steps - first) if first is not None else 0
+
+    def _note(self, write: Callable[..., None], *words: Any, **details: Any) -> None:
+        """Write into the book; a full disk costs the book a line, never the job."""
+        try:
+            write(*words, **details)
+        except OSError as error:
+            events.count("launch.book_failed", what=write.__name__, reason=error)
 
     def _keep_stacks(self, attempt: Attempt, nodes: Sequence[Node]) -> None:
         logs = self._run_dir / "logs"

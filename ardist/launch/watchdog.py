@@ -15,7 +15,11 @@ END_SECONDS = 60.0
 
 @dataclass(frozen=True)
 class Failure:
-    """Why an attempt ended before the run did; `seconds` passed between the rank's last sign and the discovery."""
+    """Why an attempt ended before the run did; `seconds` passed between the rank's last sign and the discovery.
+
+    Causes: ``cut off`` (a machine), ``stopped``, ``died``, ``stuck``, ``error`` (told by a rank), ``start`` (ranks left
+    or stayed without a word), ``machines`` (nothing could be started on them).
+    """
 
     cause: str
     detail: str

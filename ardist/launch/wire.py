@@ -7,28 +7,18 @@ from __future__ import annotations
 
 import base64
 import dataclasses
-import hashlib
 import json
 import socket
 import time
 from pathlib import Path
 from typing import Any
 
-import ardist
 from ardist.launch.engines import Host, Placement
 from ardist.launch.nodes import State
 from ardist.launch.watchdog import Failure
 from ardist.training.heartbeat import Beat, Phase
 
 _TIMES = ("beat", "progress_time", "ended")
-
-
-def code_digest() -> str:
-    """sha256 of every Python file of the package: two machines with the same digest run the same code."""
-    root, digest = Path(ardist.__file__).parent, hashlib.sha256()
-    for path in sorted(root.rglob("*.py")):
-        digest.update(str(path.relative_to(root)).encode() + b"\0" + path.read_bytes() + b"\0")
-    return digest.hexdigest()
 
 
 def pack_state(state: State) -> dict[str, Any]:

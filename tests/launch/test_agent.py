@@ -71,3 +71,27 @@ def test_without_a_signal_the_end_of_the_connection_is_the_end(
     assert working.wait(30) == 4
     assert not any(process.is_running() for process in ranks)
     assert not (tmp_path / "stop-after").exists(), "nobody asked it to save"
+
+
+SLOW = """
+import sys, time
+from ardist.config.launch import LaunchConfig
+from ardist.launch import agent
+def greet(self, message):
+    self._limits = LaunchConfig(node_seconds=1.0)
+    time.sleep(1.5)
+    self._say({"hello": "late"})
+agent.Agent._greet = greet
+sys.exit(agent.main())
+"""
+
+
+def test_a_greeting_that_takes_long_is_no_silence_of_the_supervisor() -> None:
+    process = subprocess.Popen([sys.executable, "-c", SLOW], stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0)
+    assert process.stdin is not None
+    assert process.stdout is not None
+    process.stdin.write(line({"do": "greet"}))
+    while b"hello" not in (said := process.stdout.readline()):
+        assert said, "it left"
+    process.stdin.write(line({"do": "end"}))
+    assert process.wait(30) == 0

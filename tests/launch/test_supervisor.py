@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -17,8 +18,9 @@ import psutil
 import pytest
 
 from ardist.config.launch import LaunchConfig
+from ardist.errors import HardwareError
 from ardist.events import events
-from ardist.launch import engines, processes, supervisor, watchdog
+from ardist.launch import engines, nodes, processes, supervisor, watchdog
 from ardist.launch.engines import Host, Placement, launches
 from ardist.launch.local import free_port
 from ardist.launch.nodes import LocalNode, State
@@ -181,6 +183,41 @@ def test_an_error_at_the_start_is_not_tried_for_ever(tmp_path: Path) -> None:
     assert len(job.nodes) == 2
 
 
+def test_machines_that_are_not_there_yet_are_waited_for(tmp_path: Path) -> None:
+    job = Job(tmp_path)
+    job.fault(1, 0, "SIGKILL")
+
+    def away(attempt: int) -> None:
+        if attempt in (2, 3, 4):
+            raise HardwareError("1 of 2 machines are left; launch.min_nodes=2")
+
+    rearm(job, away)
+    assert job.run() == 0
+    assert len(job.nodes) == 2, "started again as soon as they were there"
+    assert job.history == list(range(1, 13))
+
+
+def test_a_process_that_cannot_be_killed_is_not_waited_for_without_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Stuck:
+        pid = 1
+
+        def kill(self) -> None:
+            pass
+
+        def wait(self, timeout: float | None = None) -> int:
+            assert timeout is not None, "without end"
+            raise subprocess.TimeoutExpired("rank", timeout)
+
+    monkeypatch.setattr(nodes, "KILL_SECONDS", 0.0)
+    node = LocalNode("localhost", LaunchConfig())
+    monkeypatch.setattr(node, "_processes", [Stuck(), Stuck()])
+    before = events.snapshot().get("launch.not_killed", 0)
+    node.kill()
+    assert events.snapshot()["launch.not_killed"] == before + 2
+
+
 def rearm(job: Job, action: Callable[[int], None]) -> None:
     start = job.supervisor._start
 
@@ -231,6 +268,28 @@ def test_a_failure_after_a_signal_is_not_called_saved(tmp_path: Path) -> None:
     assert job.run() == 4
     assert goodput.read(tmp_path)[-1]["cause"] == "died"
     assert len(job.nodes) == 1, "it was asked to stop, so it is not started again"
+
+
+@pytest.mark.parametrize("fault", [False, True])
+def test_a_full_disk_costs_the_book_and_not_the_job(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: bool
+) -> None:
+    def full(*words: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(goodput, "append_line", full)
+    monkeypatch.setattr(goodput, "write_atomically", full)
+    (tmp_path / "summary.json").write_text("{}")
+    line = {"event": "first_step", "job": "before", "attempt": 1, "at": 1.0, "time": 1.0, "resumed_step": 0}
+    (tmp_path / goodput.FILE).write_text(json.dumps(line) + "\n")
+    before = events.snapshot().get("launch.book_failed", 0)
+    job = Job(tmp_path)
+    if fault:
+        job.fault(1, 7, "SIGKILL")
+    assert job.run() == 0
+    assert job.history == list(range(1, 13))
+    assert len(job.nodes) == 1 + fault
+    assert events.snapshot()["launch.book_failed"] == before + (5 if fault else 3)
 
 
 class Elsewhere:
