@@ -12,6 +12,7 @@ from typing import TypeVar
 import torch
 
 from ardist import fault
+from ardist.code_digest import code_digest
 from ardist.config import TrainConfig
 from ardist.data.loader import open_loader
 from ardist.errors import ArdistError, ConfigError, Preempted
@@ -316,6 +317,7 @@ def check_ranks_agree(world: World, config: TrainConfig, data: TrainingSet) -> N
     mine = {
         "configuration": config.digest(),
         "data": data.digest,
+        "code": code_digest(),
         **{name: version(name) for name in ("ardist", "torch", "deepspeed")},
     }
     everyone = world.all_gather(mine)

@@ -76,6 +76,20 @@ def test_a_machine_with_other_settings_is_refused_and_named(tmp_path: Path, data
         assert "rank 1: configuration" in outcome
 
 
+def _train_with_other_code_on_rank_one(config: Any) -> str:
+    from ardist.training import trainer
+
+    usual = trainer.code_digest
+    trainer.code_digest = lambda: os.environ["RANK"] + usual()[1:]  # type: ignore[attr-defined]
+    return train_outcome(config)
+
+
+def test_a_machine_with_other_code_is_refused_and_named(tmp_path: Path, data: Path) -> None:
+    for outcome in run_ranks(_train_with_other_code_on_rank_one, 2, config_of(tmp_path, data)):
+        assert outcome.startswith("ConfigError: the ranks do not run the same thing")
+        assert "rank 1: code" in outcome
+
+
 CANARIES = {name: f"canary-{number}" for number, name in enumerate(("AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN"))}
 CANARIES |= {"WANDB_API_KEY": "canary" + "0" * 34, "HF_TOKEN": "canary-hf"}
 

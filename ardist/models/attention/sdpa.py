@@ -2,7 +2,8 @@
 
 A chunk is one frame when frames are large; its keys are then one contiguous slice, no mask exists and no forbidden pair
 is scored. Small frames are grouped, because a call costs more than the few pairs it would save: only such a chunk needs
-a mask, and the mask is as tall as the chunk. Plain differentiable operations throughout, so every device and compiler can run it.
+a mask, and the mask is as tall as the chunk. Plain differentiable operations throughout, so every device and compiler
+can run it.
 """
 
 from __future__ import annotations
