@@ -125,8 +125,16 @@ def network_alone(bundle: Path, frames: int, size: int) -> int:
     return frames // encoder.batch_frames * encoder.batch_frames
 
 
+def resident(process: psutil.Process) -> int:
+    """Resident bytes of a process, none when it has just ended."""
+    try:
+        return int(process.memory_info().rss)
+    except psutil.NoSuchProcess:
+        return 0
+
+
 class MemoryWatch:
-    """Resident memory of this process and its children, sampled over time."""
+    """Resident memory of this process and its children (shared pages counted in each), sampled over time."""
 
     def __init__(self) -> None:
         self.samples: list[int] = []
@@ -144,7 +152,7 @@ class MemoryWatch:
     def _watch(self) -> None:
         me = psutil.Process()
         while not self._ended.wait(0.2):
-            self.samples.append(me.memory_info().rss)
+            self.samples.append(sum(resident(each) for each in (me, *me.children(recursive=True))))
 
     def quarters(self) -> tuple[float, float]:
         """Largest MiB in the second and in the last quarter of the time: equal when memory is flat."""

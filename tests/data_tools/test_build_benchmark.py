@@ -1,0 +1,47 @@
+"""What the builder's benchmark reports beside its rates."""
+
+from __future__ import annotations
+
+import importlib.util
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+MIB = 2**20
+
+
+@pytest.fixture(scope="module")
+def benchmark() -> ModuleType:
+    path = Path(__file__).resolve().parents[2] / "benchmarks" / "build.py"
+    spec = importlib.util.spec_from_file_location("build_benchmark", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_memory_of_children_counts(benchmark: ModuleType) -> None:
+    """A build decodes in children: memory that only they hold is the build's too, and that of the dead is nobody's."""
+    hold = "held = bytearray(b'x') * (200 * 2**20); print(flush=True); input()"
+    with benchmark.MemoryWatch() as watch:
+
+        def wait() -> int:
+            seen = len(watch.samples)
+            while len(watch.samples) < seen + 2:
+                time.sleep(0.02)
+            return int(watch.samples[-1])
+
+        before = wait()
+        with subprocess.Popen([sys.executable, "-c", hold], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as child:
+            assert child.stdout is not None
+            child.stdout.readline()
+            during = wait()
+            child.communicate(b"\n")
+        after = wait()
+    assert during - before > 150 * MIB
+    assert during - after > 150 * MIB
