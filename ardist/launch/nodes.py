@@ -27,8 +27,8 @@ from ardist.launch import processes
 from ardist.launch.engines import MODULE, Launch
 from ardist.launch.watchdog import Failure
 from ardist.training.heartbeat import DIRECTORY_VARIABLE, Beat, dump_signal, read_beats, stacks_path
+from ardist.training.run_dir import GRACE_VARIABLE, LAUNCHER_VARIABLE
 
-LAUNCHER_VARIABLE = "ARDIST_LAUNCHER"
 STACK_SECONDS = 2.0
 KILL_SECONDS = 10.0
 _GOOD = (0, Preempted.exit_code)
@@ -89,6 +89,7 @@ class LocalNode:
             processes.VARIABLE: self._mark,
             DIRECTORY_VARIABLE: str(self.scratch),
             LAUNCHER_VARIABLE: f"{me.pid}:{me.create_time()}",
+            GRACE_VARIABLE: str(self._limits.grace_seconds),
         }
 
     def start(self, launches: list[Launch], environment: Mapping[str, str]) -> None:

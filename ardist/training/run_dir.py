@@ -11,12 +11,18 @@ import time
 from pathlib import Path
 from typing import IO, Any
 
+import psutil
+
 from ardist import fault, log
 from ardist.config import TrainConfig, dump_config
 from ardist.errors import ConfigError, HardwareError
 from ardist.events import events
 
 LOCK = ".lock"
+LAUNCHER_VARIABLE = "ARDIST_LAUNCHER"
+"""Process id and time of creation of the program of launchers/train.sh, joined by a colon."""
+GRACE_VARIABLE = "ARDIST_GRACE_SECONDS"
+"""How long ranks may save after the launcher's death."""
 
 
 class RunDirectory:
@@ -60,18 +66,19 @@ class RunDirectory:
         """Take the run directory for this job; `ConfigError` names the holder when another one has it.
 
         The lock is the kernel's (flock): it ends with its process, however that dies, so that none is ever stale.
-        The wait covers a restart that overtakes the end of the job before.
+        The wait covers a restart that overtakes the end of the job before. A holder whose launcher is gone, or is on
+        another machine and may be, is given its `launch.grace_seconds` on top: it may be saving.
         """
         file = open(self.path / LOCK, "a+", encoding="utf-8")  # noqa: SIM115  (held for the life of the run)
-        end = time.monotonic() + wait_seconds
+        began = time.monotonic()
         while True:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
             except BlockingIOError:
-                if time.monotonic() >= end:
-                    file.seek(0)
-                    holder = file.read().strip() or "unknown"
+                file.seek(0)
+                holder = file.read().strip() or "unknown"
+                if time.monotonic() - began >= wait_seconds + _grace(holder):
                     file.close()
                     raise ConfigError(
                         f"another job is running in {self.path}: {holder}. Stop it, or set run_dir to another directory"
@@ -85,6 +92,8 @@ class RunDirectory:
             "host": socket.gethostname(),
             "pid": os.getpid(),
             "since": time.strftime("%FT%TZ", time.gmtime()),
+            "launcher": os.environ.get(LAUNCHER_VARIABLE),
+            "grace_seconds": os.environ.get(GRACE_VARIABLE, "0"),
         }
         file.write(json.dumps(holder_info))
         file.flush()
@@ -96,6 +105,28 @@ class RunDirectory:
             self._lock.truncate(0)
             self._lock.close()
             self._lock = None
+
+
+def launcher_is_gone(identity: str) -> bool:
+    """Whether a launcher of this machine, as in `LAUNCHER_VARIABLE`, has ended."""
+    pid, created = identity.split(":")
+    try:
+        launcher = psutil.Process(int(pid))
+        return bool(launcher.create_time() != float(created)) or launcher.status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
+
+
+def _grace(holder: str) -> float:
+    """Seconds that the holder of a lock, by what it wrote into it, may take to save and end."""
+    try:
+        told = json.loads(holder)
+        elsewhere = told["host"] != socket.gethostname()
+        if told["launcher"] is None or not (elsewhere or launcher_is_gone(told["launcher"])):
+            return 0.0
+        return float(told["grace_seconds"])
+    except (KeyError, TypeError, ValueError):
+        return 0.0  # it is being written, or an older version's
 
 
 def append_line(path: Path, record: dict[str, Any]) -> None:
