@@ -95,7 +95,9 @@ class ADSampler:
                 raise InvalidValueError(f"window={window} is illegal; legal: at most {config.window}, as trained")
             window = config.window if window is None else window
         self.denoiser = parallelize(_same_weights(denoiser), compile=True) if compile else denoiser
-        self._packs = not compile and can_pack(denoiser.input.weight)
+        # Blocks that somebody has compiled or wrapped already keep to the weights they were compiled with.
+        wrapped = compile or any("whole" in vars(block) for block in denoiser.blocks)
+        self._packs = not wrapped and can_pack(denoiser.input.weight)
         self.device = denoiser.input.weight.device
         self.noise_schedule = noise_schedule.to(self.device)
         self.target = target

@@ -10,6 +10,7 @@ from ardist.diffusion.noise import NoiseSchedule
 from ardist.inference.sampler import ADSampler
 from ardist.models.denoiser import Denoiser, preset
 from ardist.models.packed_linear import PackedLinear, can_pack, pack_linears
+from ardist.models.parallelize import parallelize
 
 packs = pytest.mark.skipif(not can_pack(torch.empty(1)), reason="this build of PyTorch has no oneDNN kernels")
 
@@ -40,6 +41,28 @@ def test_other_types_and_devices_are_left_alone() -> None:
     assert not can_pack(torch.empty(1, device="meta"))
 
 
+def count_calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    calls: list[int] = []
+    forward = PackedLinear.forward
+    monkeypatch.setattr(PackedLinear, "forward", lambda self, x: calls.append(1) or forward(self, x))
+    return calls
+
+
+def test_wrapped_blocks_and_layers_that_do_more_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = count_calls(monkeypatch)
+    denoiser = parallelize(Denoiser(preset("tiny")).eval(), activation_checkpointing="full")
+    ADSampler(denoiser, NoiseSchedule.create()).sample(2, num_inference_steps=2, difference=1)
+    assert not calls
+
+    class Adapted(nn.Linear):
+        """More than a product, as an adapter is."""
+
+    module = nn.ModuleDict({"a": Adapted(4, 4), "b": nn.Linear(4, 4)})
+    module["b"].register_forward_hook(lambda *_: None)
+    pack_linears(module)
+    assert not any(isinstance(child, PackedLinear) for child in module.values())
+
+
 @packs
 def test_a_run_packs_the_weights_of_its_day(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
@@ -47,9 +70,7 @@ def test_a_run_packs_the_weights_of_its_day(monkeypatch: pytest.MonkeyPatch) -> 
     with torch.no_grad():
         for parameter in denoiser.parameters():
             parameter.add_(torch.randn_like(parameter), alpha=0.1)
-    calls = []
-    forward = PackedLinear.forward
-    monkeypatch.setattr(PackedLinear, "forward", lambda self, x: calls.append(1) or forward(self, x))
+    calls = count_calls(monkeypatch)
     sampler = ADSampler(denoiser, NoiseSchedule.create())
 
     def sample() -> torch.Tensor:
