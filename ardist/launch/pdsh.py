@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import secrets
 import shlex
 import shutil
 import subprocess
@@ -18,17 +19,20 @@ from collections.abc import Sequence
 from typing import Any
 
 from ardist.errors import ConfigError, HardwareError
+from ardist.events import events
 from ardist.launch import processes
 from ardist.launch.cluster import FORWARDED, Cluster, Order
 from ardist.launch.engines import Host, Launch, Placement, one_for_all
 from ardist.launch.hosts import is_here
 from ardist.launch.local import rank_environment
 from ardist.launch.nodes import LocalNode, Node, rank_processes
-from ardist.launch.remote import RemoteNode
+from ardist.launch.remote import SSH_OPTIONS, RemoteNode
 from ardist.launch.wire import encode, machine_id
 from ardist.training.goodput import JOB_VARIABLE
 
 RELAY = "ardist.launch.relay"
+GREETING_SECONDS = 10.0
+"""Least time that machines have to answer."""
 _PLAIN = re.compile(r"[\w@%+=:,./-]*", re.ASCII)
 _HOT = re.compile(r"[\"$`\\\n]")
 _SECRET = re.compile(r"KEY|SECRET|TOKEN|PASSWORD|CREDENTIAL")
@@ -67,13 +71,9 @@ class PdshCluster(Cluster):
         }
         script = f"cd {shlex.quote(os.getcwd())} && exec {shlex.quote(sys.executable)} -m ardist.launch.agent "
         names = [host.name for host in self._hosts]
-        words = ["pdsh", "-S", "-R", "ssh", "-w", ",".join(names), script + encode(message)]
-        seconds = max(self._order.config.launch.node_seconds, 10.0)
-        try:
-            said = subprocess.run(words, stdin=subprocess.DEVNULL, capture_output=True, timeout=seconds, check=False)
-            output, complaints = said.stdout, said.stderr
-        except subprocess.TimeoutExpired as late:
-            output, complaints = late.stdout or b"", late.stderr or b""
+        words = ["pdsh", "-S", "-R", "ssh", "-f", str(len(names)), "-w", ",".join(names), script + encode(message)]
+        seconds = max(self._order.config.launch.node_seconds, GREETING_SECONDS)
+        output, complaints = _ask(words, seconds)
         answers = {name: answer for name in names if (answer := _answer(name, output)) is not None}
         for name in names[1:]:  # the ranks meet on the first one
             answers.get(name, {}).pop("busy", None)
@@ -109,7 +109,7 @@ class PdshCluster(Cluster):
         }
         words = one_for_all(place, [RELAY, encode(message)], node.scratch, debug=self._order.debug)
         # DeepSpeed writes some of its environment into the line for the shell, in double quotes at best.
-        ours = rank_environment(hosts[0].slots)
+        ours = rank_environment(hosts[0].slots) | connection_environment()
         environment = {
             name: value for name, value in ours.items() if name.startswith("PDSH_") or not _HOT.search(value)
         }
@@ -127,6 +127,28 @@ class PdshNode(LocalNode):
         processes.send(ranks, number)
         if not ranks:
             processes.kill(self._mark)
+
+
+def connection_environment() -> dict[str, str]:
+    """Options for pdsh's connections where the user chose none: to fail in time, and to ask for no password."""
+    if "PDSH_SSH_ARGS" in os.environ or "PDSH_SSH_ARGS_APPEND" in os.environ:
+        return {}
+    return {"PDSH_SSH_ARGS_APPEND": " ".join(SSH_OPTIONS)}
+
+
+def _ask(words: Sequence[str], seconds: float) -> tuple[bytes, bytes]:
+    """What a program and what it started said until its end, or until they were killed after `seconds`."""
+    mark = secrets.token_hex(8)
+    # Marked, for pdsh gives every connection a session of its own.
+    environment = os.environ | connection_environment() | {processes.VARIABLE: mark}
+    pipe = subprocess.PIPE
+    asked = subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=pipe, stderr=pipe, env=environment)
+    try:
+        return asked.communicate(timeout=seconds)
+    except subprocess.TimeoutExpired:
+        events.count("launch.pdsh_late", seconds=seconds)
+        processes.kill(mark)
+        return asked.communicate()
 
 
 def handed_on() -> dict[str, str]:

@@ -13,7 +13,7 @@ import pytest
 from ardist.config.launch import LaunchConfig
 from ardist.errors import ConfigError
 from ardist.launch.nodes import LocalNode
-from ardist.training.run_dir import GRACE_VARIABLE, LAUNCHER_VARIABLE, RunDirectory
+from ardist.training.run_dir import GRACE_VARIABLE, LAUNCHER_VARIABLE, RunDirectory, launcher_is_gone
 
 HOLDER = """
 import sys
@@ -56,6 +56,12 @@ def test_a_dying_job_has_its_grace_to_save(tmp_path: Path, gone: str) -> None:
     run.lock(wait_seconds=0.1)
     run.unlock()
     assert (end.wait(10), holder.wait(10)) == (0, 0)
+
+
+def test_a_reused_process_id_is_no_launcher() -> None:
+    me = psutil.Process()
+    assert not launcher_is_gone(f"{me.pid}:{me.create_time()}")
+    assert launcher_is_gone(f"{me.pid}:1.0")
 
 
 def test_its_grace_ends(tmp_path: Path, gone: str) -> None:
