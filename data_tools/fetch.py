@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import os
 import re
 import tempfile
 import threading
+from collections.abc import Iterable
 from pathlib import Path
 
 from ardist.events import events
@@ -30,7 +32,8 @@ class local_copy:
     A copy is compared with `sha256`, the digest that the source had when it was probed; without one, with the
     object's ETag where that is the MD5 of the bytes. Wrong bytes are fetched again and counted. With `doubted`, the
     sha256 of an earlier copy, bytes are taken when two fetches agree on them. After `__enter__`, `digest` is the
-    copy's sha256 and `checked` says whether it was compared with anything.
+    copy's sha256 and `checked` says whether it was compared with anything. `others` are names of objects that could
+    be read once: when this one is denied, and they are too, it is the credentials.
 
     Raises `Refusal` for what is the object's own fault, `StorageError` for a store or a disk that fails.
     """
@@ -44,9 +47,10 @@ class local_copy:
         sha256: str | None = None,
         *,
         doubted: str | None = None,
+        others: Iterable[str] = (),
     ) -> None:
         self._root, self._name, self._version, self._staging = root, name, version, staging
-        self._expected, self._doubted = sha256, doubted
+        self._expected, self._doubted, self._others = sha256, doubted, others
         self._copy: Path | None = None
         self.digest, self.checked = "", False
 
@@ -119,7 +123,7 @@ class local_copy:
         except UnreadableObjectError as error:
             raise Refusal(Reason.UNREADABLE, str(error)) from None
         except DeniedObjectError as error:
-            access.denied(storage, error)
+            access.denied(storage, self._name, error, self._others)
             raise Refusal(Reason.UNREADABLE, str(error)) from None
         access.granted(self._name)
         return digest
@@ -130,30 +134,40 @@ class _Access:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._denied, self._readable = 0, ""
+        self._denied: set[str] = set()
+        self._readable = ""
         self.etags_are_md5 = True
 
     def granted(self, name: str) -> None:
         """An object was read."""
         with self._lock:
-            self._denied, self._readable = 0, name
+            self._denied.clear()
+            self._readable = name
 
-    def denied(self, storage: Storage, error: DeniedObjectError) -> None:
+    def denied(self, storage: Storage, name: str, error: DeniedObjectError, others: Iterable[str]) -> None:
         """An object was denied; raises `StorageError` when it is not this object's matter alone."""
         with self._lock:
-            self._denied += 1
-            count, readable = self._denied, self._readable
+            self._denied.add(name)
+            count, readable = len(self._denied), self._readable
         advice = "give them s3:GetObject (and kms:Decrypt) there and run build again"
         if count >= DENIED_IN_A_ROW:
             raise StorageError(f"{error}: {count} objects in a row were denied, {advice}") from error
-        if not readable:
-            return
-        try:
-            storage.read(readable, 0, 1)
-        except DeniedObjectError:
-            raise StorageError(f"{error}, nor any longer read {readable}, {advice}") from error
-        except (MissingObjectError, UnreadableObjectError):
-            return  # it is gone or archived meanwhile, which says nothing about the credentials
+        denied_too = [
+            _may_not_be_read(storage, other)
+            for other in ([readable] if readable else itertools.islice(others, DENIED_IN_A_ROW))
+        ]
+        if denied_too and all(denied_too):
+            raise StorageError(f"{error}, nor read what could be read before, {advice}") from error
+
+
+def _may_not_be_read(storage: Storage, name: str) -> bool:
+    try:
+        storage.read(name, 0, 1)
+    except DeniedObjectError:
+        return True
+    except (MissingObjectError, UnreadableObjectError):
+        pass  # gone or archived meanwhile, which says nothing about the credentials
+    return False
 
 
 _accesses: dict[str, _Access] = {}

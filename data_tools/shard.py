@@ -185,7 +185,8 @@ class ShardBuilder:
         by_start = {clip.start: clip for clip in job}
         try:
             root = SourceRoot(self.plan.root)
-            copy = local_copy(root, source.name, source.version, self.staging, source.facts.sha256)
+            others = (other.name for other in self.plan.sources if other.facts is not None and other is not source)
+            copy = local_copy(root, source.name, source.version, self.staging, source.facts.sha256, others=others)
             with copy as (path, version):
                 target = self._target(job[0])
                 for starts, frames in decode_stretch(path, version, source.facts, list(by_start), target, settings):

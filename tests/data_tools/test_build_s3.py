@@ -17,6 +17,7 @@ from ardist.data.manifest import load_manifest
 from ardist.errors import ConfigError, DataError
 from ardist.events import events
 from ardist.storage import Storage, StorageError, open_storage
+from data_tools.build import Summary
 from data_tools.cli import main
 from data_tools.fetch import local_copy
 from data_tools.lease import Pace
@@ -229,9 +230,44 @@ def test_denied_after_what_was_granted_is_denied_too(
     with pytest.raises(Refusal, match="unreadable"), local_copy(root, "c.mp4", storage.stat("c.mp4").version, tmp_path):
         pass
     proxy.script = [("GET", "403/AccessDenied")] * 2
-    with pytest.raises(StorageError, match=r"nor any longer read a\.mp4"):
+    with pytest.raises(StorageError, match="nor read what could be read before"):
         local_copy(root, "c.mp4", storage.stat("c.mp4").version, tmp_path).__enter__()
     assert not list(tmp_path.iterdir())
+
+
+def test_denied_to_a_worker_that_has_read_nothing_yet(
+    three_videos: Path,
+    s3_url: str,
+    proxy: FaultProxy,
+    tmp_path: Path,
+    in_child: Child,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What the plan says could be read tells a denied object from a worker without rights; that one commits nothing."""
+    _upload(three_videos, f"{s3_url}/videos")
+
+    def whole() -> Summary:
+        return build_small(f"{s3_url}/videos", tmp_path / "out", samples_per_shard=1)
+
+    assert in_child(whole, "kill@build.after_plan") == -9
+    proxy.script = [("GET:/videos/", "403/AccessDenied")] * 20
+    with pytest.raises(StorageError, match="access denied"):
+        whole()
+    monkeypatch.setattr("data_tools.fetch._accesses", {})
+    proxy.script = [("GET:/videos/a.mp4", "403/AccessDenied")] * 20
+    summary = whole()
+    assert summary.reasons == "3 x unreadable"
+    assert summary.manifest.num_samples == 6
+
+
+def test_one_denied_object_is_counted_once(three_videos: Path, s3_url: str, proxy: FaultProxy, tmp_path: Path) -> None:
+    """It is fetched for every stretch of it: still one object."""
+    storage = _upload(three_videos, f"{s3_url}/videos")
+    version = storage.stat("a.mp4").version
+    proxy.script = [("GET", "403/AccessDenied")] * 8
+    for _ in range(8):
+        with pytest.raises(Refusal), local_copy(SourceRoot(f"{s3_url}/videos"), "a.mp4", version, tmp_path):
+            pass
 
 
 def test_odd_keys(three_videos: Path, s3_url: str, tmp_path: Path) -> None:

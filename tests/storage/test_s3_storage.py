@@ -80,6 +80,7 @@ def test_odd_keys(storage: S3Storage, name: str) -> None:
     assert list(storage.list()) == [name]
 
 
+@pytest.mark.filterwarnings("ignore:S3 tests of this folder")
 def test_the_longest_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """1,024 bytes with the prefix; against moto, as a gateway over small disks takes fewer."""
     with start_server("moto", tmp_path) as server:
