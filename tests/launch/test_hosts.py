@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 import pytest
 from tiny import settings, tiny_config
 
+from ardist.code_digest import code_digest
 from ardist.errors import ConfigError, HardwareError
 from ardist.launch import cluster, hosts, local
 from ardist.launch import main as program
@@ -17,7 +18,6 @@ from ardist.launch.cluster import Cluster, Order
 from ardist.launch.engines import Host
 from ardist.launch.hosts import fitting, interface_of, is_here, read_hostfile
 from ardist.launch.remote import RemoteNode, remote_words
-from ardist.launch.wire import code_digest
 
 
 def test_a_hostfile_is_read(tmp_path: Path) -> None:
