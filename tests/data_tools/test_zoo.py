@@ -79,6 +79,13 @@ def test_nothing_else_happened(outcome: Outcome) -> None:
     assert len(ZOO) >= 70
 
 
+def test_frames_of_another_file_are_not_looked_at(outcome: Outcome) -> None:
+    """The other file holds good frames: had anything opened it, its movie would have passed the probe."""
+    for name in ("external.mov", "external_url.mov"):
+        assert (outcome.videos.parent / f"{name}.frames").stat().st_size > 1000
+        assert [record["stage"] for record in outcome.refused[name]] == ["probe"]
+
+
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
 def test_no_permission(tmp_path: Path) -> None:
     path = tmp_path / "v" / "a.mp4"
