@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from ardist.events import events
 from ardist.training import distributed
 
 distributed.prepare_environment()
@@ -116,6 +117,7 @@ def run_ranks(
 
 def _main(function: Callable[..., Any], args: tuple[Any, ...], env: Mapping[str, str], sender: Any) -> None:
     os.environ.update(env)
+    events.clear()  # what the parent has counted is not this rank's
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_DFL)
     try:

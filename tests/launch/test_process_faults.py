@@ -77,7 +77,8 @@ def test_one_rank_fails(
     if cause in ("stopped", "stuck"):
         stacks = [tmp_path / "run" / "logs" / f"attempt-001-stacks-rank-{rank:05d}.txt" for rank in range(2)]
         assert all("trainer.py" in path.read_text() for path in stacks), "all ranks' stacks are on record"
-        assert "fault.py" in stacks[1].read_text()
+        if cause == "stuck":  # a stopped rank is woken to write, and may be a line further when it does
+            assert "fault.py" in stacks[1].read_text()
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["launches"]["by_cause"][cause]["count"] == 1
     assert 0 < summary["goodput"] < 1

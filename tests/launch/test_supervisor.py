@@ -230,6 +230,8 @@ def rearm(job: Job, action: Callable[[int], None]) -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP])
 def test_a_signal_to_the_supervisor_saves_and_ends_with_75(tmp_path: Path, number: int) -> None:
+    if signal.getsignal(number) is signal.SIG_IGN:  # as nohup leaves SIGHUP, which the supervisor respects
+        signal.signal(number, signal.SIG_DFL)
     job = Job(tmp_path, steps=1000, seconds=0.02)
     once_under_way(job, lambda: os.kill(os.getpid(), number))
     assert job.run() == 75

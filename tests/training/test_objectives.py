@@ -130,7 +130,7 @@ def test_autoencoder_loss_is_the_mean_absolute_error_in_zero_to_one(tmp_path: Pa
     objective = AutoencoderObjective(config, load_manifest(str(data)), CPU)
     batch: Batch = read_samples(data)
 
-    def grey(frames: torch.Tensor, noise: None = None) -> tuple[torch.Tensor, Posterior, None]:
+    def grey(frames: torch.Tensor, *noise: None) -> tuple[torch.Tensor, Posterior, None]:
         assert frames.shape[2:] == (3, 16, 16)
         latents = torch.ones(*frames.shape[:2], 3, 4)
         return torch.full_like(frames, 0.5), Posterior(latents, torch.zeros_like(latents)), None
