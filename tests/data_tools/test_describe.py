@@ -6,12 +6,14 @@ import json
 import os
 import shutil
 import subprocess
+import warnings
 from pathlib import Path
 
 import numpy as np
 import pytest
 from dt_builds import build_small, samples
 
+from ardist.data.loader import read_samples
 from ardist.media import ffmpeg_binary
 from data_tools.cli import main
 from data_tools.gc import collect
@@ -98,6 +100,18 @@ def test_gc_removes_only_what_belongs_to_nothing(
     assert {path for path in copy.rglob("*") if path.is_file()} == before | {young}
     assert not verify(str(copy)).problems
     assert "removed" in capsys.readouterr().err
+
+
+def test_wids_itself_reads_the_dataset(dataset: Path, tmp_path: Path) -> None:
+    wids = pytest.importorskip("wids", reason="the package wids is not installed")
+    assert main(["export-wids", str(dataset), "--out", str(tmp_path / "d.json")]) == 0
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of its own default way of decoding
+        samples = wids.ShardListDataset(str(tmp_path / "d.json"), cache_dir=str(tmp_path / "cache"), keep=True)
+    assert len(samples) == 9
+    expected = read_samples(str(dataset)).values.numpy()
+    for number in range(9):
+        assert np.array_equal(samples[number][".npy"], expected[number])
 
 
 def test_wids_description(dataset: Path, tmp_path: Path) -> None:
