@@ -5,16 +5,14 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import yaml
 from ssh_servers import missing, ssh_servers
 from tiny import losses, records, sample_ids, settings, write_latents
-from two_nodes import Pair, two_nodes
+from two_nodes import HOSTS, ODD, SCRIPT, Pair, two_nodes, wait_until
 
 from ardist.training import goodput
 
@@ -25,10 +23,7 @@ pytestmark = [
     pytest.mark.timeout(900),
     pytest.mark.skipif(REASON is not None, reason=str(REASON)),
 ]
-SCRIPT = Path(__file__).resolve().parents[2] / "launchers" / "train.sh"
 STEPS = 16
-HOSTS = "10.77.0.1 slots=1\n10.77.0.2 slots=1\n"
-ODD = 'it\'s $(not) a `shell`; "&" | > * ? \\ two  blanks'
 
 
 class Machines:
@@ -91,13 +86,6 @@ def processes_of(text: str) -> dict[int, list[str]]:
         if text in line and int(path.parent.name) != os.getpid():
             found[int(path.parent.name)] = line.split("\0")
     return found
-
-
-def wait_until(condition: Callable[[], Any], seconds: float = 60) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "it did not happen"
-        time.sleep(0.1)
 
 
 def rank_of_machine(node: int, config: Path) -> int:

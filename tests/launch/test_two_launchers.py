@@ -6,15 +6,13 @@ import json
 import os
 import signal
 import subprocess
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import yaml
 from tiny import losses, records, sample_ids, settings, write_latents
-from two_nodes import Pair, possible, two_nodes
+from two_nodes import HOSTS, ODD, SCRIPT, Pair, possible, two_nodes, wait_until
 
 from ardist.training import goodput
 
@@ -25,16 +23,6 @@ pytestmark = [
     pytest.mark.timeout(900),
     pytest.mark.skipif(REASON is not None, reason=str(REASON)),
 ]
-SCRIPT = Path(__file__).resolve().parents[2] / "launchers" / "train.sh"
-HOSTS = "10.77.0.1 slots=1\n10.77.0.2 slots=1\n"
-ODD = 'it\'s $(not) a `shell`; "&" | > * ? \\ two  blanks'
-
-
-def wait_until(condition: Callable[[], Any], seconds: float = 200) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "it did not happen"
-        time.sleep(0.1)
 
 
 @pytest.fixture(scope="module")

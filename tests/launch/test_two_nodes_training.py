@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 from tiny import losses, records, sample_ids, settings, write_latents
-from two_nodes import possible, two_nodes
+from two_nodes import HOSTS, SCRIPT, possible, two_nodes
 
 from ardist.training import goodput
 
@@ -22,7 +22,6 @@ pytestmark = [
     pytest.mark.timeout(900),
     pytest.mark.skipif(REASON is not None, reason=str(REASON)),
 ]
-SCRIPT = Path(__file__).resolve().parents[2] / "launchers" / "train.sh"
 STEPS = 30
 
 
@@ -33,7 +32,7 @@ def test_training_goes_on_without_the_machine_that_was_cut_off(tmp_path: Path, e
     changes = {"training__steps": STEPS, "checkpoint__every": 5, "launch": launch}
     config, hostfile = tmp_path / "a config.yaml", tmp_path / "hosts"
     config.write_text(yaml.safe_dump(settings(tmp_path / "the run", data, **changes)))
-    hostfile.write_text("10.77.0.1 slots=1\n10.77.0.2 slots=1\n")
+    hostfile.write_text(HOSTS)
     plain = tmp_path / "uninterrupted"
     with two_nodes(tmp_path / "machines") as pair:
         environment = {**os.environ, "PATH": pair.path, "ARDIST_FAULT": "sleep@trainer.batch:0.4"}

@@ -15,11 +15,24 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+
+SCRIPT = Path(__file__).resolve().parents[2] / "launchers" / "train.sh"
+HOSTS = "10.77.0.1 slots=1\n10.77.0.2 slots=1\n"
+ODD = 'it\'s $(not) a `shell`; "&" | > * ? \\ two  blanks'
+"""What no shell on the way must touch."""
 
 PORT = 2222
 OUT, ERR, END = 1, 2, 3
+
+
+def wait_until(condition: Callable[[], object], seconds: float = 200) -> None:
+    """Look again and again; an assertion error after so many seconds."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it did not happen"
+        time.sleep(0.1)
 
 
 def serve(address: str) -> None:
