@@ -28,14 +28,14 @@ PARTS = {"frames": ("0:0.8", 1, 1), "clips": ("0:0.8", 16, 4), "held-out": ("0.8
 """Portion of every video, frames of a sample, stride."""
 
 
-def stage_two(root: Path, steps: int) -> dict[str, object]:
+def stage_two(root: Path, steps: int, noise: float) -> dict[str, object]:
     """Settings of the second stage; what is small, such as this model, takes a larger rate than the paper's 1e-6."""
     return {
         "task": "ar_vae",
         "run_dir": str(root / "stage2"),
         "init_from": str(root / "bundle1"),
         "trainable": "temporal",
-        "augmentation": {"latent_noise": 0.1},
+        "augmentation": {"latent_noise": noise},
         "ar_vae": {"preset": "tiny", "temporal": True},
         "data": {"path": str(root / "clips"), "lanes": 4, "window": 64},
         "optimizer": {"lr": 5e-4, "betas": [0.9, 0.99], "weight_decay": 0.0, "schedule": "cosine", "warmup_steps": 5},
@@ -59,7 +59,7 @@ def run(*words: object) -> float:
     return time.perf_counter() - began
 
 
-def make(root: Path, videos: Path | None, steps: int, clip_steps: int) -> dict[str, float]:
+def make(root: Path, videos: Path | None, steps: int, clip_steps: int, noise: float) -> dict[str, float]:
     """Shards, both stages and their bundles; returns how long each training took here."""
     root.mkdir(parents=True, exist_ok=True)
     if videos is None:
@@ -69,7 +69,7 @@ def make(root: Path, videos: Path | None, steps: int, clip_steps: int) -> dict[s
     for name, (portion, frames, stride) in PARTS.items():
         arguments = ["--encoder", "pixels", "--size", 64, "--portion", portion, "--num-frames", frames]
         run("data_tools", "build", "--videos", videos, "--out", root / name, *arguments, "--stride", stride)
-    (root / "stage2.yaml").write_text(yaml.safe_dump(stage_two(root, clip_steps)), encoding="utf-8")
+    (root / "stage2.yaml").write_text(yaml.safe_dump(stage_two(root, clip_steps, noise)), encoding="utf-8")
     one = [f"run_dir={root / 'stage1'}", f"data.path={root / 'frames'}", f"validation.path={root / 'held-out'}"]
     one += [f"training.steps={steps}", "tracking.wandb=disabled"]
     seconds = {}
@@ -87,8 +87,9 @@ def main() -> None:
     parser.add_argument("--videos", type=Path, help="a folder of videos instead of the four clips")
     parser.add_argument("--steps", type=int, default=400, help="of stage 1")
     parser.add_argument("--clip-steps", type=int, default=40, help="of stage 2")
+    parser.add_argument("--latent-noise", type=float, default=0.1, help="of stage 2, see augmentation.latent_noise")
     args = parser.parse_args()
-    seconds = make(args.dir, args.videos, args.steps, args.clip_steps)
+    seconds = make(args.dir, args.videos, args.steps, args.clip_steps, args.latent_noise)
     title = "AR-VAE tiny, 64x64, held-out last fifth of each clip"
     table = Table("", "PSNR dB", "SSIM", "flicker", "seconds", title=title)
     scores: Scores = {}
