@@ -168,9 +168,17 @@ def test_one_read_in_twenty_is_repeated_at_most(tmp_path: Path, monkeypatch: pyt
     """A store that becomes slow for everything is not asked twice for everything."""
     reads = with_peers(tmp_path)
     monkeypatch.setattr(HedgedReads, "_patience", lambda *_: 0.0)
+    allowed = reads._may_repeat
     for number in range(PEERS + 1, 121):
         requests = Requests("slow", "good")
-        threading.Timer(0.01, requests.release.set).start()
+
+        def decide(requests: Requests = requests) -> bool:
+            """The first request goes on only when it was decided whether there is a second one."""
+            decision = allowed()
+            requests.release.set()
+            return decision
+
+        monkeypatch.setattr(reads, "_may_repeat", decide)
         reads.run("late", requests, tmp_path / "object", SIZE)
         finish(requests)
         assert reads.repeated == max(1, number // 20)
