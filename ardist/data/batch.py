@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Any, Final, cast
+from typing import Any, Final, NamedTuple, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -37,6 +37,18 @@ class Batch:
     context: torch.Tensor | None = None
 
 
+class Rows(NamedTuple):
+    """Some samples in memory that belongs to somebody else.
+
+    values: [m, …] in the stored dtype. keys: uint64 [m]. class_ids: int64 [m]. context: [m, K, D] or None.
+    """
+
+    values: torch.Tensor
+    keys: npt.NDArray[np.uint64]
+    class_ids: npt.NDArray[np.int64]
+    context: torch.Tensor | None
+
+
 @dataclass
 class RowBuffer:
     """Memory for m samples of one shape: npy headers and values apart, so that the values are one dense tensor."""
@@ -58,7 +70,8 @@ class RowBuffer:
     def __post_init__(self) -> None:
         count = math.prod(self.shape)
         self.values = torch.empty((self.rows, *self.shape), dtype=TORCH_DTYPES[self.dtype], pin_memory=self.pinned)
-        raw = self.values.view(self.rows, count).view(torch.uint8).numpy()
+        self.raw = self.values.view(self.rows, count).view(torch.uint8)
+        raw = self.raw.numpy()
         # Touch the pages now: the first write to fresh memory is ten times slower than later ones.
         raw.fill(0)
         self.bits = raw.view(NUMPY_DTYPES["bfloat16" if self.dtype != "uint8" else "uint8"])
@@ -76,6 +89,12 @@ class RowBuffer:
         self._scratch = scratch if self.dtype != "uint8" else None
         shape = self.context_shape
         self.context = None if shape is None else RowBuffer(self.rows, shape, CONTEXT_DTYPE, self.pinned)
+
+    def part(self, first: int, last: int) -> Rows:
+        """The rows [first, last), in this memory."""
+        rows = slice(first, last)
+        context = None if self.context is None else self.context.values[rows]
+        return Rows(self.values[rows], self.keys[rows], self.class_ids[rows], context)
 
     @staticmethod
     def bytes_for(

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import atexit
+import functools
 import os
 import time
 import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Final, NamedTuple, TypeAlias
+from typing import Any, Final, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -17,44 +17,28 @@ import torch
 
 from ardist import fault
 from ardist.config.data import DataConfig
-from ardist.data.batch import Batch, RowBuffer
-from ardist.data.dataset_stream import DatasetStream, Taken
+from ardist.data.batch import Batch, RowBuffer, Rows
+from ardist.data.dataset_stream import DatasetStream
 from ardist.data.health import SampleHealth, Substitution
 from ardist.data.manifest import Manifest
-from ardist.data.order import Places
 from ardist.data.pipeline import OrderedPipeline
 from ardist.data.sample import SampleDtype
 from ardist.data.sanity import LatentSanity
+from ardist.data.steps import Block, Step
+from ardist.data.window_arena import ArenaClosedError
 from ardist.errors import ConfigError
 
-_MAX_BUFFERS: Final = 32
+_MOST_BATCHES: Final = 32
+"""Batches in memory; more of them would only be older."""
+
+_BLOCK_BYTES: Final = 4 * 2**20
+"""Up to which size batches are read together: planning and handing over cost as much for many as for one."""
+
+_LEAST_BUFFERS: Final = 4
+"""Blocks that must have room: one for the consumer, and as many ahead as keep the threads busy."""
 
 Layout: TypeAlias = tuple[tuple[int, ...], SampleDtype, tuple[int, ...] | None]
 """What decides which samples may stand in one buffer: shape, dtype, and the context's shape."""
-
-
-class Piece(NamedTuple):
-    """Places of one dataset and epoch that fill consecutive rows of a batch, beginning with `slot`."""
-
-    dataset: int
-    epoch: int
-    taken: Taken
-    slot: int
-
-    @property
-    def places(self) -> Places:
-        """Where they are."""
-        return self.taken.places
-
-
-@dataclass
-class Step:
-    """What one rank reads for one optimiser step. `after`: the position once it is consumed."""
-
-    pieces: list[Piece]
-    epoch: int
-    after: Any
-    substitutions: dict[int, Substitution] = field(default_factory=dict)
 
 
 _open: weakref.WeakSet[BatchLoader] = weakref.WeakSet()
@@ -123,8 +107,12 @@ class BatchLoader(ABC):
         self._rows = buffer_rows([stream.manifest for stream in self.streams], self.global_batch_sizes, world_size)
         self._shapes = list(self._rows)
         self._whole_windows = [False] * len(self.streams)
-        self._buffer_count = self._count_buffers()
-        self._pipeline: OrderedPipeline[Step, list[RowBuffer]] | None = None
+        room = self._count_batches()
+        self._steps_at_once = self._count_steps_at_once(room)
+        self._buffer_count = room // self._steps_at_once
+        self._pipeline: OrderedPipeline[Block, list[RowBuffer]] | None = None
+        self._block: Block | None = None
+        self._next_of_block = 0
         self._planned: Any = None
         self._process, self._closed = os.getpid(), False
         self._started = time.perf_counter()
@@ -145,8 +133,8 @@ class BatchLoader(ABC):
         """Make `position` what was consumed."""
 
     @abstractmethod
-    def _plan_step(self, position: Any) -> Step:
-        """The step that follows `position`. Called by one thread at a time, in order."""
+    def _plan_block(self, position: Any, most: int) -> Block:
+        """The steps that follow `position`, at most `most` of them. Called by one thread at a time, in order."""
 
     @abstractmethod
     def state_dict(self) -> dict[str, Any]:
@@ -170,25 +158,46 @@ class BatchLoader(ABC):
         self._leave_parent()
         if self._pipeline is None:
             self._start()
-        assert self._pipeline is not None
-        step, buffers = self._pipeline.take()
-        buffer = buffers[self._buffer_of(step)]
-        self._health.served(self._lanes(step), step.substitutions)
+        step = self._next_step()
+        if step.failure is not None:
+            raise step.failure
+        assert step.samples is not None
+        batch = self._batch(step, step.samples)
+        self._health.served(functools.partial(self._lanes, step), len(batch.values), step.substitutions)
         for piece in step.pieces:
-            self._sanity[piece.dataset].look(buffer.values[piece.slot : piece.slot + len(piece.places.positions)])
+            self._sanity[piece.dataset].look(batch.values[piece.slot : piece.slot + len(piece.places.positions)])
         self._consume(step.after)
-        self._samples += len(buffer.keys)
-        self._bytes += buffer.values.nbytes + (0 if buffer.context is None else buffer.context.values.nbytes)
-        return self._batch(step, buffer)
+        self._samples += len(batch.values)
+        self._bytes += batch.values.nbytes + (0 if batch.context is None else batch.context.nbytes)
+        return batch
 
-    def _batch(self, step: Step, buffer: RowBuffer) -> Batch:
+    def _next_step(self) -> Step:
+        if self._block is None or self._next_of_block == len(self._block.steps):
+            assert self._pipeline is not None
+            if self._block is not None:
+                block, self._block = self._block, None
+                self._let_go(block)
+            self._block, _ = self._pipeline.take()
+            self._next_of_block = 0
+        step = self._block.steps[self._next_of_block]
+        self._next_of_block += 1
+        return step
+
+    def _let_go(self, block: Block) -> None:
+        """Nobody looks at the rows of a block any more."""
+        if block.in_windows:
+            block.in_windows = False
+            for piece in block.pieces:
+                self.streams[piece.dataset].let_go(piece.taken)
+
+    def _batch(self, step: Step, samples: Rows) -> Batch:
         labelled = any(self.streams[piece.dataset].num_classes is not None for piece in step.pieces)
         return Batch(
-            values=buffer.values,
-            sample_ids=torch.from_numpy(buffer.keys.view(np.int64).copy()),
+            values=samples.values,
+            sample_ids=torch.from_numpy(samples.keys.view(np.int64).copy()),
             epoch=step.epoch,
-            class_ids=torch.from_numpy(buffer.class_ids.copy()) if labelled else None,
-            context=None if buffer.context is None else buffer.context.values,
+            class_ids=torch.from_numpy(samples.class_ids.copy()) if labelled else None,
+            context=samples.context,
         )
 
     def _buffer_of(self, step: Step) -> int:
@@ -208,8 +217,8 @@ class BatchLoader(ABC):
         """Start reading at what was consumed."""
         _open.add(self)
         self._planned = self._position()
-        for stream, whole in zip(self.streams, self._whole_windows, strict=True):
-            stream.begin(whole_windows=whole)
+        for stream, whole, batch in zip(self.streams, self._whole_windows, self.global_batch_sizes, strict=True):
+            stream.begin(whole_windows=whole, batch=batch)
         # From windows in memory one thread copies faster than two, which would wait for Python's lock in turns.
         threads = 1 if all(self._whole_windows) else min(self.config.fetch_threads, self._buffer_count - 1)
         self._pipeline = OrderedPipeline(
@@ -219,37 +228,73 @@ class BatchLoader(ABC):
     def _leave_parent(self) -> None:
         """In a process made by a fork: the parent's threads are not here, and its locks may never open."""
         if self._process != os.getpid():
-            self._process, self._pipeline = os.getpid(), None
+            self._process, self._pipeline, self._block = os.getpid(), None, None
             for stream in self.streams:
                 stream.after_fork()
 
     def _make_buffer(self) -> list[RowBuffer]:
-        """Room for one batch of any of the datasets."""
-        pinned = torch.cuda.is_available()
-        return [RowBuffer(rows, shape, dtype, pinned, context) for (shape, dtype, context), rows in self._rows.items()]
+        """Room for one block of any of the datasets."""
+        pinned, steps = torch.cuda.is_available(), self._steps_at_once
+        return [
+            RowBuffer(steps * rows, shape, dtype, pinned, context)
+            for (shape, dtype, context), rows in self._rows.items()
+        ]
 
-    def _plan(self) -> Step:
-        step = self._plan_step(self._planned)
-        self._planned = step.after
-        return step
+    def _plan(self) -> Block:
+        block = self._plan_block(self._planned, self._steps_at_once)
+        self._planned = block.after
+        return block
 
-    def _fill(self, step: Step, buffers: list[RowBuffer]) -> None:
-        buffer = buffers[self._buffer_of(step)]
-        filled = 0
+    def _fill(self, block: Block, buffers: list[RowBuffer]) -> None:
+        block.in_windows = True
+        try:
+            self._find_in_windows(block)
+            for number, step in enumerate(block.steps):
+                if step.samples is None and step.failure is None:
+                    self._fill_step(step, buffers[self._buffer_of(step)], number * block.rows, block.rows)
+        finally:
+            if not block.served_in_place:
+                self._let_go(block)
+
+    def _find_in_windows(self, block: Block) -> None:
+        """Give the steps their samples that lie in memory as they are to be served."""
         try:
             fault.point("data.fill")
-            for piece in step.pieces:
-                filled += 1
-                stream = self.streams[piece.dataset]
-                step.substitutions.update(stream.fill(piece.epoch, piece.taken, buffer, piece.slot))
-        finally:
-            for piece in step.pieces[filled:]:
-                self.streams[piece.dataset].let_go(piece.taken)
+            if len(block.pieces) == 1:
+                found = self.streams[block.pieces[0].dataset].slices(block.pieces[0].taken, block.rows)
+                for step, samples in zip(block.steps, found, strict=True):
+                    step.samples = samples
+                    block.served_in_place |= samples is not None
+        except ArenaClosedError:
+            raise
+        except Exception as error:  # noqa: BLE001 - raised again in the consumer's thread, when its turn has come
+            block.steps[0].failure = error
 
-    def _count_buffers(self) -> int:
-        """Batch buffers that fit in the bound: one for the consumer and at least one to read ahead."""
+    def _fill_step(self, step: Step, buffer: RowBuffer, first: int, rows: int) -> None:
+        """Copy or read the rows of one step into those of `buffer` from `first` on."""
+        try:
+            for piece in step.pieces:
+                stream = self.streams[piece.dataset]
+                for row, substitution in stream.fill(piece.epoch, piece.taken, buffer, first + piece.slot).items():
+                    step.substitutions[row - first] = substitution
+        except ArenaClosedError:
+            raise
+        except Exception as error:  # noqa: BLE001 - raised again in the consumer's thread, when its turn has come
+            step.failure = error
+        else:
+            step.samples = buffer.part(first, first + rows)
+
+    def _count_batches(self) -> int:
+        """Batches that fit in the bound: one for the consumer and at least one to read ahead."""
         size = buffer_bytes(self._rows, self.config.prefetch_bytes)
-        return min((self.config.prefetch_bytes - self._arena_bytes(size)) // size, _MAX_BUFFERS)
+        return min((self.config.prefetch_bytes - self._arena_bytes(size)) // size, _MOST_BATCHES)
+
+    def _count_steps_at_once(self, batches: int) -> int:
+        """Steps of a block: 1 in a mixture, and where there are no whole windows in memory to copy them from."""
+        if len(self.streams) > 1 or not all(self._whole_windows):
+            return 1
+        size = sum(RowBuffer.bytes_for(count, *layout) for layout, count in self._rows.items())
+        return max(1, min(batches // _LEAST_BUFFERS, _BLOCK_BYTES // size))
 
     def _arena_bytes(self, size: int) -> int:
         """Memory for reading whole windows ahead beside batches of `size` bytes: 0 where it does not fit or pay."""
@@ -293,7 +338,7 @@ class BatchLoader(ABC):
         if self._pipeline is not None:
             self._waited += self._pipeline.wait_seconds
             self._pipeline.close()
-            self._pipeline = None
+            self._pipeline = self._block = None
         for stream in self.streams:
             stream.end()
 

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ardist.config.data import DataConfig
-from ardist.data.batch import RowBuffer
+from ardist.data.batch import RowBuffer, Rows
 from ardist.data.errors import ShardError
 from ardist.data.health import Substitution
 from ardist.data.manifest import Manifest
@@ -82,13 +82,15 @@ class DatasetStream:
             raise DataError(f"no shard of {self.path} can be read:\n{listing}")
         return frozenset(gone)
 
-    def take(self, epoch: int, consumed: int, count: int, start: int, stop: int) -> Taken:
+    def take(self, epoch: int, consumed: int, count: int, start: int, stop: int, *, batches: int = 1) -> Taken:
         """`LaneOrder.take`, and reading ahead for the lanes of these slots begins."""
         with self._lock:
-            places = self.order.take(epoch, consumed, count, start, stop)
+            places = self.order.take(epoch, consumed, count, start, stop, batches=batches)
         windows: tuple[Window, ...] = ()
         if self._read_ahead is not None and len(places.positions):
-            first, last = consumed // self.order.lanes, (consumed + count - 1) // self.order.lanes
+            first, last = consumed // self.order.lanes, (consumed + batches * count - 1) // self.order.lanes
+            if self._arena is not None:
+                self._arena.batches_begin_at(epoch, first)
             lanes = places.positions // self.order.lane_length
             self._read_ahead.advance(epoch, first, range(int(lanes.min()), int(lanes.max()) + 1))
             if self._arena is not None:
@@ -97,15 +99,24 @@ class DatasetStream:
         return Taken(places, windows)
 
     def let_go(self, taken: Taken) -> None:
-        """Nothing will be filled from these places after all."""
+        """These places are filled and consumed, or never will be; once for what `take` gave."""
         if self._arena is not None:
             self._arena.let_go(taken.windows)
+
+    def slices(self, taken: Taken, size: int) -> list[Rows | None]:
+        """Per `size` of these places the memory in which they lie as they are to be served; None: `fill` it.
+
+        The memory is good until the places are let go of.
+        """
+        if self._arena is None or not taken.windows:
+            return [None] * (len(taken.places.positions) // size)
+        return self._arena.slices(taken.windows, taken.places, size)
 
     def fill(self, epoch: int, taken: Taken, buffer: RowBuffer, slot: int) -> dict[int, Substitution]:
         """Fill the rows of `buffer` from `slot` on with good samples; returns the substitutions by row."""
         places = taken.places
         if self._arena is not None and taken.windows:
-            left = self._arena.serve(taken.windows, places, buffer, slot)
+            left = self._arena.copy(taken.windows, places, buffer, slot)
         else:
             left = np.arange(len(places.positions))
         bad: list[BadSample] = []
@@ -145,10 +156,11 @@ class DatasetStream:
         shape, dtype = self.manifest.shape, self.manifest.dtype
         return WindowArena.bytes_for(len(self._lanes), min(self.order.window, self.order.lane_length), shape, dtype)
 
-    def begin(self, *, whole_windows: bool) -> None:
-        """Start reading ahead; `whole_windows`: into memory."""
+    def begin(self, *, whole_windows: bool, batch: int) -> None:
+        """Start reading ahead; `whole_windows`: into memory, laid out for batches of so many places of the stream."""
         shape, dtype = self.manifest.shape, self.manifest.dtype
-        self._arena = WindowArena(self.order, self._lanes, shape, dtype) if whole_windows else None
+        each = batch // self.order.lanes if batch % self.order.lanes == 0 else 1
+        self._arena = WindowArena(self.order, self._lanes, shape, dtype, each=each) if whole_windows else None
         self._read_ahead = ReadAhead(self.order, self._reader, self._arena, self.config.fetch_threads, self._lock)
 
     def stop(self) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter, deque
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any, Final
 
@@ -51,10 +52,10 @@ class SampleHealth:
         self.reasons: Counter[str] = Counter()
         self.substitutions: deque[Substitution] = deque(maxlen=_KEPT)
 
-    def served(self, lanes: npt.NDArray[np.int64], bad: dict[int, Substitution]) -> None:
-        """Note one batch: the lane of every slot, and the substitutions by slot."""
+    def served(self, lanes: Callable[[], npt.NDArray[np.int64]], count: int, bad: dict[int, Substitution]) -> None:
+        """Note one batch of `count` slots and the substitutions by slot; lanes: gives the lane of every slot."""
         first = self._served
-        self._served += len(lanes)
+        self._served += count
         if not bad:
             self._runs.clear()
             return
@@ -72,7 +73,7 @@ class SampleHealth:
                 f"{len(self._recent)} of the last {min(self._served, WINDOW)} samples were bad; at most "
                 f"{self._limit:g} of {WINDOW} are allowed (data.max_bad_fraction). {self.report()}"
             )
-        for slot, lane in enumerate(lanes.tolist()):
+        for slot, lane in enumerate(lanes().tolist()):
             known = slot in bad and not bad[slot].known_missing
             self._runs[lane] = self._runs.get(lane, 0) + 1 if known else 0
             if self._runs[lane] >= IN_A_ROW:

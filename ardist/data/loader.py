@@ -11,13 +11,14 @@ import torch
 
 from ardist.config.data import DataConfig
 from ardist.data.batch import Batch, RowBuffer
-from ardist.data.batch_loader import BatchLoader, Piece, Step
+from ardist.data.batch_loader import BatchLoader
 from ardist.data.dataset_stream import DatasetStream, lanes_of_rank
 from ardist.data.manifest import Manifest, load_manifest
 from ardist.data.mixture import MixedLoader
 from ardist.data.order import Cursor, batch_start, check_layout, check_rank
 from ardist.data.reader import SampleReader
 from ardist.data.remote_source import open_source
+from ardist.data.steps import Block, Piece, uniform_block
 from ardist.errors import ConfigError, DataError
 
 __all__ = ["Batch", "BatchLoader", "MixedLoader", "StreamingLoader", "open_loader", "read_samples"]
@@ -65,11 +66,16 @@ class StreamingLoader(BatchLoader):
     def _consume(self, position: tuple[int, int]) -> None:
         self._cursor.epoch, self._cursor.consumed = position
 
-    def _plan_step(self, position: tuple[int, int]) -> Step:
-        count, size = self.global_batch_size, self.batch_size
+    def _plan_block(self, position: tuple[int, int], most: int) -> Block:
+        count, rows = self.global_batch_size, self.batch_size
         epoch, consumed = batch_start(*position, count, self._order.stream_length)
-        places = self.streams[0].take(epoch, consumed, count, self.rank * size, (self.rank + 1) * size)
-        return Step([Piece(0, epoch, places, 0)], epoch, (epoch, consumed + count))
+        # Up to the end of the window, so that a block does not hold on to two of them, and of the epoch.
+        each, window = count // self.config.lanes, self._order.window
+        in_window = (window - consumed // self.config.lanes % window) // each
+        steps = max(1, min(most, in_window, (self._order.stream_length - consumed) // count))
+        taken = self.streams[0].take(epoch, consumed, count, self.rank * rows, (self.rank + 1) * rows, batches=steps)
+        after = [(epoch, consumed + (number + 1) * count) for number in range(steps)]
+        return uniform_block(Piece(0, epoch, taken, 0), rows, after)
 
     def state_dict(self) -> dict[str, Any]:
         return self._cursor.state_dict()

@@ -12,8 +12,8 @@ import numpy as np
 import torch
 
 from ardist.config.data import DataConfig
-from ardist.data.batch import Batch, RowBuffer
-from ardist.data.batch_loader import BatchLoader, Piece, Step
+from ardist.data.batch import Batch, Rows
+from ardist.data.batch_loader import BatchLoader
 from ardist.data.buckets import bucket_batches, check_buckets
 from ardist.data.dataset_stream import DatasetStream, lanes_of_rank
 from ardist.data.errors import ManifestError
@@ -21,6 +21,7 @@ from ardist.data.keyed import Domain, derive_key
 from ardist.data.manifest import Manifest, load_manifest
 from ardist.data.order import check_layout
 from ardist.data.shares import SlotShares, exact_shares, next_turn
+from ardist.data.steps import Block, Piece, Step, one_step
 from ardist.errors import CheckpointError, ConfigError
 
 STATE_VERSION: Final = 1
@@ -115,8 +116,9 @@ class MixedLoader(BatchLoader):
     def _consume(self, position: _Mixed) -> None:
         self._now = position
 
-    def _plan_step(self, position: _Mixed) -> Step:
-        return self._plan_slots(position) if self._slots is not None else self._plan_turn(position)
+    def _plan_block(self, position: _Mixed, most: int) -> Block:
+        step = self._plan_slots(position) if self._slots is not None else self._plan_turn(position)
+        return one_step(step, self.global_batch_sizes[step.pieces[0].dataset] // self.world_size)
 
     def _plan_slots(self, position: _Mixed) -> Step:
         assert self._slots is not None
@@ -147,14 +149,14 @@ class MixedLoader(BatchLoader):
         after = _Mixed(position.consumed + count, tuple(turns), tuple(cursors))
         return Step([Piece(number, epoch, places, 0)], epoch, after)
 
-    def _batch(self, step: Step, buffer: RowBuffer) -> Batch:
-        batch = super()._batch(step, buffer)
+    def _batch(self, step: Step, samples: Rows) -> Batch:
+        batch = super()._batch(step, samples)
         if self._slots is None:
             return batch
-        ids = buffer.keys.copy()
+        ids = samples.keys.copy()
         for piece in step.pieces:
-            rows = slice(piece.slot, piece.slot + len(piece.places.positions))
-            ids[rows] ^= derive_key(Domain.MIX, piece.dataset, piece.epoch)
+            own = slice(piece.slot, piece.slot + len(piece.places.positions))
+            ids[own] ^= derive_key(Domain.MIX, piece.dataset, piece.epoch)
         return replace(batch, sample_ids=torch.from_numpy(ids.view(np.int64)), epoch=0)
 
     def state_dict(self) -> dict[str, Any]:

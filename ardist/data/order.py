@@ -150,20 +150,35 @@ class LaneOrder:
         starts = np.array(lanes, np.int64) * self.lane_length
         return self.locate(epoch, (starts[:, None] + inside[None, :]).reshape(-1))
 
-    def take(self, epoch: int, consumed: int, count: int, start: int = 0, stop: int | None = None) -> Places:
+    def window_turns(self, epoch: int, window: int, lanes: range) -> npt.NDArray[np.int64]:
+        """For the samples of `window_places`: how many others of its lane's window the stream takes before each."""
+        low, high = self._table_lanes(lanes.start, lanes.stop)
+        table = self._window(epoch, window, low, high)[lanes.start - low : lanes.stop - low]
+        turns = np.empty_like(table)
+        np.put_along_axis(turns, table, np.arange(table.shape[1])[None, :], axis=1)
+        return turns.reshape(-1)
+
+    def take(
+        self, epoch: int, consumed: int, count: int, start: int = 0, stop: int | None = None, *, batches: int = 1
+    ) -> Places:
         """Slots [start, stop) of the batch of `count` places of the stream that follows the first `consumed` ones.
 
-        The batch is laid out lane by lane, by offset inside a lane. It must lie inside the epoch.
+        The batch is laid out lane by lane, by offset inside a lane. It must lie inside the epoch. With `batches` the
+        same slots of so many batches, one batch after another; then the lanes must divide `count`.
         """
-        if consumed < 0 or consumed + count > self.stream_length:
-            raise ConfigError(
-                f"places {consumed}..{consumed + count} leave the epoch, which has {self.stream_length} places"
-            )
+        stop_at = consumed + count * batches
+        if consumed < 0 or stop_at > self.stream_length:
+            raise ConfigError(f"places {consumed}..{stop_at} leave the epoch, which has {self.stream_length} places")
         if count % self.lanes == 0:
             # Every lane has as many places, and those before the lane at which the batch begins come one later.
             each, first = count // self.lanes, consumed % self.lanes
             lane, turn = np.divmod(np.arange(count, dtype=np.int64)[start:stop], each)
             offset = consumed // self.lanes + (lane < first) + turn
+            if batches > 1:
+                later = each * np.arange(batches, dtype=np.int64)
+                lane, offset = np.tile(lane, batches), (later[:, None] + offset).reshape(-1)
+        elif batches > 1:
+            raise ConfigError(f"{self.lanes} lanes do not divide {count} places, so their batches differ in layout")
         else:
             places = np.arange(consumed, consumed + count, dtype=np.int64)
             chosen = places[np.argsort(places % self.lanes, kind="stable")[start:stop]]
@@ -174,9 +189,7 @@ class LaneOrder:
         """The offset in its lane that stands at `offset` once every window is permuted."""
         if self.window == 1 or not len(lane):
             return offset
-        low, high = int(lane.min()), int(lane.max()) + 1
-        if self.lanes * self.window <= _WHOLE_TABLE:
-            low, high = 0, self.lanes
+        low, high = self._table_lanes(int(lane.min()), int(lane.max()) + 1)
         window = offset // self.window
         result = np.empty_like(offset)
         for number in range(int(window.min()), int(window.max()) + 1):
@@ -185,6 +198,10 @@ class LaneOrder:
             table = self._window(epoch, number, low, high)
             result[here] = first + table[lane[here] - low, offset[here] - first]
         return result
+
+    def _table_lanes(self, low: int, high: int) -> tuple[int, int]:
+        """The lanes whose permutations are made where those of [low, high) are asked for."""
+        return (0, self.lanes) if self.lanes * self.window <= _WHOLE_TABLE else (low, high)
 
     def _window(self, epoch: int, number: int, low: int, high: int) -> npt.NDArray[np.int64]:
         """Permutations of window `number` in lanes [low, high): [high - low, size]."""

@@ -53,29 +53,28 @@ class ReadAhead:
                 self._submit(*number)
         self._begun = wanted
 
-    def _places(self, epoch: int, window: int, lanes: range) -> Places:
-        with self._lock:
-            return self._order.window_places(epoch, window, lanes)
-
     def _submit(self, epoch: int, number: int, lanes: range) -> None:
-        wanted = runs(self._places(epoch, number, lanes))
-        if self._arena is None:
+        with self._lock:
+            wanted = runs(self._order.window_places(epoch, number, lanes))
+            turns = self._order.window_turns(epoch, number, lanes) if self._arena is not None else None
+        if self._arena is None or turns is None:
             for shard, first, last in wanted:
                 self._threads.submit(functools.partial(self._one, self._reader.prepare, shard, first, last))
             return
-        window = self._arena.begin(epoch, number, len(wanted))
-        row = 0
+        window = self._arena.begin(epoch, number, len(wanted), turns)
+        begun = 0
         for shard, first, last in wanted:
-            load = functools.partial(self._load, window, row)
+            load = functools.partial(self._load, window, begun)
             self._threads.submit(functools.partial(self._one, load, shard, first, last))
-            row += last - first + 1
+            begun += last - first + 1
 
-    def _load(self, window: Window, row: int, shard: int, first: int, last: int) -> None:
+    def _load(self, window: Window, begun: int, shard: int, first: int, last: int) -> None:
+        """Read the run that begins with the window's sample number `begun`."""
         assert self._arena is not None
         try:
             memory = self._arena.claim(window)
             if memory is not None:
-                self._reader.read_run(shard, first, last, memory, row)
+                self._reader.read_run(shard, first, last, memory, window.rows[begun : begun + last - first + 1])
         finally:
             self._arena.loaded(window)
 

@@ -19,22 +19,16 @@ from ardist import fault
 from ardist.data.batch import RowBuffer
 from ardist.data.errors import ShardError
 from ardist.data.open_shards import Members, OpenPart, OpenShard, ShardTable
+from ardist.data.run_reader import RunReader
 from ardist.data.sample import check_npy
 from ardist.data.source import ShardSource
-from ardist.data.window_arena import MemberRows
+from ardist.data.window_arena import WindowRows
 from ardist.errors import DataError
 from ardist.events import events
 
 _TRANSIENT: Final = {errno.EIO, errno.ESTALE, errno.EAGAIN, errno.EINTR, errno.ETIMEDOUT}
 _TRIES: Final = 3
 _REMEMBERED: Final = 100_000
-_ROWS_AT_ONCE: Final = 64
-"""Few enough that their bytes are still in the processor's cache when they are hashed."""
-
-_BETWEEN: Final = memoryview(bytearray(64 * 1024))
-"""Where what lies between two members is read to; nobody looks at it."""
-
-_hash = xxhash.xxh3_64_intdigest
 
 
 class BadSample(NamedTuple):
@@ -53,6 +47,7 @@ class SampleReader:
     def __init__(self, source: ShardSource, *, max_open: int = 256, num_classes: int | None = None) -> None:
         self._table = ShardTable(source, max(1, max_open))
         self._num_classes = 2**31 if num_classes is None else num_classes
+        self._runs = RunReader(self._table, self._num_classes)
         self._headers: set[tuple[tuple[int, ...], bytes]] = set()
         self._bad: dict[tuple[int, int], ShardError] = {}
         self.retries = 0
@@ -69,40 +64,12 @@ class SampleReader:
         """Get rows first..last of a shard closer, because they are read soon. Raises `ShardError`."""
         self._table.prepare(shard, first, last)
 
-    def read_run(self, number: int, first: int, last: int, memory: MemberRows, at: int) -> None:
-        """Read rows first..last of a shard into the rows `at`, `at` + 1, … of `memory` and mark those that are good.
+    def read_run(self, number: int, first: int, last: int, memory: WindowRows, rows: npt.NDArray[np.int64]) -> None:
+        """Read rows first..last of a shard into the rows `rows` of `memory` and mark those that are good.
 
         What is not marked must be read with `read`, which says what is wrong with it. Raises `ShardError`.
         """
-        while first <= last:
-            part = self._table.part(number, first)
-            stop = min(last + 1, part.last, first + _ROWS_AT_ONCE)
-            self._read_rows(part, first, stop, memory, at)
-            first, at = stop, at + stop - first
-
-    def _read_rows(self, part: OpenPart, first: int, stop: int, memory: MemberRows, at: int) -> None:
-        shard, count = part.shard, stop - first
-        values = shard.values
-        offsets = values.offsets[first:stop].astype(np.int64)
-        gaps = np.diff(offsets) - memory.member_size
-        usual = values.same_sizes and values.member_size == memory.member_size
-        if not usual or (count > 1 and (gaps.min() < 0 or gaps.max() > len(_BETWEEN))):
-            return
-        start = offsets.item(0) - part.base
-        targets: list[Any] = [memory.members[at]]
-        for member, gap in zip(memory.members[at + 1 : at + count], gaps.tolist(), strict=True):
-            targets += (_BETWEEN[:gap], member)
-        if os.preadv(part.fd, targets, start) != offsets.item(-1) - part.base + memory.member_size - start:
-            return
-        hashes = values.hashes[first:stop].tolist()
-        sound = [
-            _hash(member) == digest for member, digest in zip(memory.members[at : at + count], hashes, strict=True)
-        ]
-        rows, labels = slice(at, at + count), shard.class_ids[first:stop]
-        plain = (memory.bytes[rows, : memory.header_length] == memory.expected_header).all(axis=1)
-        known = memory.finite(at, at + count) & (labels < self._num_classes)
-        memory.keys[rows], memory.class_ids[rows] = shard.keys[first:stop], labels
-        memory.good[rows] = np.array(sound) & plain & known
+        self._runs.read(number, first, last, memory, rows)
 
     def read(
         self, shards: npt.NDArray[np.int64], rows: npt.NDArray[np.int64], buffer: RowBuffer, slot: int = 0

@@ -1,7 +1,8 @@
 """The samples of the windows that come next, verified and dense in memory before a batch asks for them.
 
 A window of a lane is a few unbroken runs of rows. Read run by run, a small sample costs a fraction of a system call
-and of a turn of Python's lock; read one by one, these are most of what it costs.
+and of a turn of Python's lock; read one by one, these are most of what it costs. A window lies in memory in the order
+in which batches take it, so that a batch is a slice of it and is copied nowhere.
 """
 
 from __future__ import annotations
@@ -10,106 +11,141 @@ import math
 import threading
 from collections import OrderedDict
 from collections.abc import Sequence
-from typing import Any, Final, cast
+from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
-from ardist.data.batch import RowBuffer
+from ardist.data.batch import RowBuffer, Rows
 from ardist.data.order import LaneOrder, Places
-from ardist.data.sample import NUMPY_DTYPES, SampleDtype, npy_header
+from ardist.data.sample import NUMPY_DTYPES, TORCH_DTYPES, SampleDtype, npy_header
 
 LARGEST_MEMBER: Final = 64 * 1024
 """Bytes of a member from which on reading it by itself is as fast."""
 
 _REMEMBERED: Final = 4
-_OBJECTS_PER_ROW: Final = 1024
-"""Bytes of the Python objects that stand for a row: views of it, and of its payload."""
+
+_GRAIN: Final = 32_768
+"""Numbers up to which torch copies in the thread that asks; above it, it would wake a team of threads of its own."""
 
 
 class ArenaClosedError(RuntimeError):
     """The loader is being closed or set to another place; nothing is served any more."""
 
 
-class MemberRows:
-    """Reused memory for the npy members of a window, one row each, and what the index says of them."""
+class WindowRows:
+    """Reused memory for the samples of a window, one row each, and what the index says of them.
 
-    def __init__(self, rows: int, shape: tuple[int, ...], dtype: SampleDtype) -> None:
-        header = npy_header(shape, dtype)
-        self.expected_header = np.frombuffer(header, np.uint8)
-        self.header_length = len(header)
-        self.member_size = len(header) + math.prod(shape) * NUMPY_DTYPES[dtype].itemsize
-        self.bytes = np.zeros((rows, self.member_size), np.uint8)
+    Whoever reads into it writes `raw` (bytes [rows, payload]), `keys`, `class_ids`, and marks in `good` what may be
+    served. pinned: in memory that a device can read by itself.
+    """
+
+    def __init__(self, rows: int, shape: tuple[int, ...], dtype: SampleDtype, *, pinned: bool = False) -> None:
+        self.dtype: SampleDtype = dtype
+        self.header = np.frombuffer(npy_header(shape, dtype), np.uint8)
+        self.member_size = len(self.header) + math.prod(shape) * NUMPY_DTYPES[dtype].itemsize
+        self.values = torch.empty((rows, *shape), dtype=TORCH_DTYPES[dtype], pin_memory=pinned)
+        dense = self.values.view(rows, -1).view(torch.uint8)
+        self.raw: npt.NDArray[np.uint8] = dense.numpy()
+        self._words = dense.view(torch.int64) if dense.shape[1] % 8 == 0 else dense
         self.keys = np.zeros(rows, np.uint64)
         self.class_ids = np.zeros(rows, np.int64)
         self.good = np.zeros(rows, np.bool_)
-        self.members = [memoryview(cast(Any, row)) for row in self.bytes]
-        self.payloads = [member[self.header_length :] for member in self.members]
 
-        self._payload = self.bytes[:, self.header_length :]
-        self._exponent = {"float16": 0x7C00, "bfloat16": 0x7F80}.get(dtype)
+    def part(self, first: int, last: int) -> Rows:
+        """The rows [first, last), in this memory."""
+        rows = slice(first, last)
+        return Rows(self.values[rows], self.keys[rows], self.class_ids[rows], None)
 
-    def finite(self, first: int, last: int) -> npt.NDArray[np.bool_]:
-        """Which of the rows [first, last) hold no infinity and no NaN: no exponent of all ones."""
-        if self._exponent is None:
-            return np.ones(last - first, np.bool_)
-        # Read as whole numbers, those with a full exponent are the largest: with a plus sign among the signed ones,
-        # with a minus sign among the unsigned ones. Two maxima need no second array, a mask would.
-        signed = self._payload[first:last].view(np.int16).max(axis=1) < self._exponent
-        unsigned = self._payload[first:last].view(np.uint16).max(axis=1) < (self._exponent | 0x8000)
-        return np.asarray(signed & unsigned)
+    def copy_rows(self, rows: npt.NDArray[np.int64], target: torch.Tensor) -> None:
+        """The payloads of `rows`, one after another, into `target`: dense bytes [len(rows), payload]."""
+        numbers, words = torch.from_numpy(rows), target.view(self._words.dtype)
+        at_once = max(1, _GRAIN // words.shape[1])
+        for first in range(0, len(rows), at_once):
+            few = slice(first, first + at_once)
+            torch.index_select(self._words, 0, numbers[few], out=words[few])
 
     @staticmethod
     def bytes_for(rows: int, shape: tuple[int, ...], dtype: SampleDtype) -> int:
         """Memory that so many rows take."""
-        member = len(npy_header(shape, dtype)) + math.prod(shape) * NUMPY_DTYPES[dtype].itemsize
-        return rows * (member + 17 + _OBJECTS_PER_ROW)
+        return rows * (math.prod(shape) * NUMPY_DTYPES[dtype].itemsize + 32)
 
 
 class Window:
-    """The state of one window: runs that are still to be read, batches that still need it."""
+    """The state of one window: runs that are still to be read, batches that still need it.
 
-    def __init__(self, epoch: int, number: int, memory: int, before: Window | None, runs: int) -> None:
-        self.epoch, self.number, self.memory, self.before = epoch, number, memory, before
+    rows: the row in memory for every sample of the window, as they lie in the lanes, one lane after another.
+    size: samples of a lane.
+    """
+
+    def __init__(
+        self, number: int, memory: int, before: Window | None, runs: int, rows: npt.NDArray[np.int64], size: int
+    ) -> None:
+        self.number, self.memory, self.before, self.rows, self.size = number, memory, before, rows, size
         self.unread, self.users, self.claimed = runs, 0, False
 
 
 class WindowArena:
     """Two windows of a rank's lanes in memory: the one that batches are taken from, and the one that is read.
 
-    `begin` and `hold` are called in the order of the batches, by one thread at a time; `claim`, `loaded` and `serve`
-    by any thread. A window's memory is reused when all batches that hold it have been served.
+    each: samples that a batch takes from every lane; a window's rows lie batch by batch, lane by lane.
+    `begin` and `hold` are called in the order of the batches, by one thread at a time; `claim`, `loaded`, `slices`
+    and `copy` by any thread. A window's memory is reused when all that `hold` it have let go of it.
     """
 
-    def __init__(self, order: LaneOrder, lanes: range, shape: tuple[int, ...], dtype: SampleDtype) -> None:
-        self._order, self.lanes = order, lanes
+    def __init__(
+        self, order: LaneOrder, lanes: range, shape: tuple[int, ...], dtype: SampleDtype, *, each: int = 1
+    ) -> None:
+        self._order, self.lanes, self._each = order, lanes, each
         self._layout = len(lanes) * min(order.window, order.lane_length), shape, dtype
-        self._memories: list[MemberRows | None] = [None, None]
+        self._memories: list[WindowRows | None] = [None, None]
         self._latest: list[Window | None] = [None, None]
         self._turn = 0
         self._windows: OrderedDict[tuple[int, int], Window] = OrderedDict()
         self._changed = threading.Condition()
         self._closed = False
+        self._phase: tuple[int, int] | None = None
 
     @staticmethod
     def bytes_for(lanes: int, window: int, shape: tuple[int, ...], dtype: SampleDtype) -> int | None:
         """Memory of the arena, or None where samples are better read one by one."""
-        one = MemberRows.bytes_for(1, shape, dtype)
+        one = WindowRows.bytes_for(1, shape, dtype)
         header = len(npy_header(shape, dtype))
         return 2 * lanes * window * one if one <= LARGEST_MEMBER and header % 2 == 0 else None
 
-    def begin(self, epoch: int, number: int, runs: int) -> Window:
-        """A window of which `runs` runs will be read; the window before the last one makes room for it."""
+    def batches_begin_at(self, epoch: int, offset: int) -> None:
+        """The first batch that is taken begins at this offset of the lanes; in later epochs it is 0."""
+        if self._phase is None:
+            self._phase = epoch, offset % self._each
+
+    def begin(self, epoch: int, number: int, runs: int, turns: npt.NDArray[np.int64]) -> Window:
+        """A window of which `runs` runs will be read; the window before the last one makes room for it.
+
+        turns: of `LaneOrder.window_turns`.
+        """
+        size = len(turns) // len(self.lanes)
+        rows = self._rows(epoch, number, size, turns)
         with self._changed:
             memory, self._turn = self._turn, 1 - self._turn
-            window = Window(epoch, number, memory, self._latest[memory], runs)
+            window = Window(number, memory, self._latest[memory], runs, rows, size)
             self._latest[memory] = window
             self._windows[epoch, number] = window
             while len(self._windows) > _REMEMBERED:
                 self._windows.popitem(last=False)
             return window
 
-    def claim(self, window: Window) -> MemberRows | None:
+    def _rows(self, epoch: int, number: int, size: int, turns: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """Where the samples of a window lie in memory: those of one batch together, lane by lane as in the batch."""
+        phase = self._phase[1] if self._phase is not None and self._phase[0] == epoch else 0
+        # How many samples of every lane still belong to a batch that began in the window before.
+        lead = min((phase - number * self._order.window) % self._each, size)
+        lane = np.repeat(np.arange(len(self.lanes)), size)
+        first = np.where(turns < lead, 0, lead + (turns - lead) // self._each * self._each)
+        length = np.where(turns < lead, lead, np.minimum(self._each, size - first))
+        return np.asarray(first * len(self.lanes) + lane * length + turns - first)
+
+    def claim(self, window: Window) -> WindowRows | None:
         """The memory of a window, once nobody needs what was in it; None when the arena is closed."""
         with self._changed:
             before = window.before
@@ -119,7 +155,8 @@ class WindowArena:
                 return None
             memory = self._memories[window.memory]
             if memory is None:
-                memory = self._memories[window.memory] = MemberRows(*self._layout)
+                memory = WindowRows(*self._layout, pinned=torch.cuda.is_available())
+                self._memories[window.memory] = memory
             if not window.claimed:
                 memory.good.fill(False)
                 window.claimed, window.before = True, None
@@ -133,34 +170,13 @@ class WindowArena:
                 self._changed.notify_all()
 
     def hold(self, epoch: int, first: int, last: int) -> tuple[Window, ...]:
-        """Windows first..last as far as they are here: they stay until a batch was served from them."""
+        """Windows first..last as far as they are here: they stay as they are until `let_go`."""
         with self._changed:
             found = (self._windows.get((epoch, number)) for number in range(first, last + 1))
             windows = tuple(window for window in found if window is not None)
             for window in windows:
                 window.users += 1
             return windows
-
-    def serve(self, windows: Sequence[Window], places: Places, buffer: RowBuffer, slot: int) -> npt.NDArray[np.int64]:
-        """Copy what is in these windows into the rows of `buffer` from `slot` on; returns which of [0, m) is not.
-
-        Waits for windows that are being read. Lets go of the windows, which `hold` gave. Raises `ArenaClosedError`.
-        """
-        served = np.zeros(len(places.positions), np.bool_)
-        try:
-            with self._changed:
-                while any(window.unread for window in windows) and not self._closed:
-                    self._changed.wait()
-                if self._closed:
-                    raise ArenaClosedError("this loader is closed")
-            for window in windows:
-                memory = self._memories[window.memory]
-                # Where no run got as far as to claim the memory, it still holds the window before.
-                if memory is not None and window.claimed:
-                    served |= self._copy(memory, places, window, buffer, slot)
-        finally:
-            self.let_go(windows)
-        return np.flatnonzero(~served)
 
     def let_go(self, windows: Sequence[Window]) -> None:
         """The windows that `hold` gave are not needed any more."""
@@ -169,27 +185,77 @@ class WindowArena:
                 window.users -= 1
             self._changed.notify_all()
 
-    def _copy(
-        self, memory: MemberRows, places: Places, window: Window, buffer: RowBuffer, slot: int
-    ) -> npt.NDArray[np.bool_]:
+    def slices(self, windows: Sequence[Window], places: Places, size: int) -> list[Rows | None]:
+        """Per `size` places: the memory in which they lie one after another, all of them good; else None.
+
+        Waits until the windows are read. The rows are good until `let_go`. Raises `ArenaClosedError`.
+        """
+        self._wait_for(windows)
+        count = len(places.positions) // size
+        if len(windows) != 1 or (memory := self._memory_of(windows[0])) is None:
+            return [None] * count
+        here, rows = self._find(windows[0], places)
+        starts = rows[::size]
+        expected = (starts[:, None] + np.arange(size)).reshape(-1)
+        whole = (here & (rows == expected) & memory.good[rows]).reshape(count, size).all(axis=1)
+        return [
+            memory.part(first, first + size) if complete else None
+            for first, complete in zip(starts.tolist(), whole.tolist(), strict=True)
+        ]
+
+    def copy(self, windows: Sequence[Window], places: Places, buffer: RowBuffer, slot: int) -> npt.NDArray[np.int64]:
+        """Copy what is in these windows into the rows of `buffer` from `slot` on; returns which of [0, m) is not.
+
+        Waits until the windows are read. Raises `ArenaClosedError`.
+        """
+        self._wait_for(windows)
+        copied = np.zeros(len(places.positions), np.bool_)
+        for window in windows:
+            memory = self._memory_of(window)
+            if memory is None:
+                continue
+            here, rows = self._find(window, places)
+            here &= memory.good[rows]
+            chosen, rows = np.flatnonzero(here), rows[here]
+            if len(chosen) == len(here):
+                memory.copy_rows(rows, buffer.raw[slot : slot + len(rows)])
+            else:
+                buffer.raw.numpy()[slot + chosen] = memory.raw[rows]
+            buffer.keys[slot + chosen] = memory.keys[rows]
+            buffer.class_ids[slot + chosen] = memory.class_ids[rows]
+            copied |= here
+        return np.flatnonzero(~copied)
+
+    def _wait_for(self, windows: Sequence[Window]) -> None:
+        with self._changed:
+            while any(window.unread for window in windows) and not self._closed:
+                self._changed.wait()
+            if self._closed:
+                raise ArenaClosedError("this loader is closed")
+
+    def _memory_of(self, window: Window) -> WindowRows | None:
+        """None where no run got as far as to claim the memory: it still holds the window before."""
+        return self._memories[window.memory] if window.claimed else None
+
+    def _find(self, window: Window, places: Places) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.int64]]:
+        """Which of the places are in the window, and their rows (0 for the others)."""
         lane, offset = np.divmod(places.positions, self._order.lane_length)
-        first = window.number * self._order.window
-        offset -= first
-        # The last window of an epoch may be shorter than the others.
-        size = min(self._order.window, self._order.lane_length - first)
-        here = (offset >= 0) & (offset < size) & (lane >= self.lanes.start) & (lane < self.lanes.stop)
-        rows = (lane - self.lanes.start) * size + offset
-        here[here] = memory.good[rows[here]]
-        chosen = np.flatnonzero(here)
-        rows = rows[chosen]
-        for place, row in zip((chosen + slot).tolist(), rows.tolist(), strict=True):
-            buffer.payload[place][:] = memory.payloads[row]
-        buffer.keys[chosen + slot] = memory.keys[rows]
-        buffer.class_ids[chosen + slot] = memory.class_ids[rows]
-        return here
+        lane, offset = lane - self.lanes.start, offset - window.number * self._order.window
+        here = (offset >= 0) & (offset < window.size) & (lane >= 0) & (lane < len(self.lanes))
+        return here, window.rows[np.where(here, lane * window.size + offset, 0)]
 
     def close(self) -> None:
         """Wake everybody who waits; nothing is read or served from now on."""
         with self._changed:
             self._closed = True
             self._changed.notify_all()
+
+
+def finite(values: npt.NDArray[Any], dtype: SampleDtype) -> npt.NDArray[np.bool_]:
+    """Which rows of bits (int16 [n, numbers]) hold no infinity and no NaN: no exponent of all ones."""
+    exponent = {"float16": 0x7C00, "bfloat16": 0x7F80}.get(dtype)
+    if exponent is None:
+        return np.ones(len(values), np.bool_)
+    # Read as whole numbers, those with a full exponent are the largest: with a plus sign among the signed ones,
+    # with a minus sign among the unsigned ones. Two maxima need no second array, a mask would.
+    return np.asarray((values.max(axis=1) < exponent) & (values.view(np.uint16).max(axis=1) < (exponent | 0x8000)))

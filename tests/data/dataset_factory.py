@@ -40,6 +40,7 @@ def make_dataset(
     shape: tuple[int, ...] = (2, 3, 4),
     make: Callable[[int, tuple[int, ...]], np.ndarray] = latent,
     num_classes: int | None = 5,
+    describe: Callable[[int], str | None] = lambda _: None,
     **header: Any,
 ) -> Manifest:
     """Write a latent dataset with `counts` samples per shard and return its manifest."""
@@ -50,7 +51,11 @@ def make_dataset(
                 key_of(i),
                 make(i, shape),
                 SampleInfo(
-                    source=f"video-{i}.mp4", frames=shape[0], fps=8, class_id=i % num_classes if num_classes else None
+                    source=f"video-{i}.mp4",
+                    frames=shape[0],
+                    fps=8,
+                    class_id=i % num_classes if num_classes else None,
+                    caption=describe(i),
                 ),
             )
             for i in range(first, first + count)

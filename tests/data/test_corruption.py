@@ -228,20 +228,20 @@ def test_a_hundred_in_a_row_in_one_lane_stop_the_run() -> None:
     lanes = np.array([0, 1])
     health = SampleHealth(1.0)
     for _ in range(IN_A_ROW - 1):
-        health.served(lanes, {1: bad(1)})
-    health.served(lanes, {})
+        health.served(lambda: lanes, len(lanes), {1: bad(1)})
+    health.served(lambda: lanes, len(lanes), {})
     for _ in range(IN_A_ROW - 1):
-        health.served(lanes, {1: bad(1)})
+        health.served(lambda: lanes, len(lanes), {1: bad(1)})
     with pytest.raises(DataError, match="100 samples in a row were bad in lane 1"):
-        health.served(lanes, {1: bad(1)})
+        health.served(lambda: lanes, len(lanes), {1: bad(1)})
 
 
 def test_the_limit_looks_at_the_last_ten_thousand() -> None:
     health = SampleHealth(2e-4)
     lanes = np.zeros(5000, np.int64)
     for _ in range(10):
-        health.served(lanes, {7: bad(0)})
-    health.served(lanes, {7: bad(0, known_missing=True)})
-    health.served(lanes, {7: bad(0), 8: bad(0)})
+        health.served(lambda: lanes, len(lanes), {7: bad(0)})
+    health.served(lambda: lanes, len(lanes), {7: bad(0, known_missing=True)})
+    health.served(lambda: lanes, len(lanes), {7: bad(0), 8: bad(0)})
     with pytest.raises(DataError, match="3 of the last 10000"):
-        health.served(lanes, {7: bad(0)})
+        health.served(lambda: lanes, len(lanes), {7: bad(0)})

@@ -83,6 +83,24 @@ def test_batch_is_laid_out_lane_by_lane_so_that_ranks_keep_to_their_lanes() -> N
         assert lanes.tolist() == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5]
 
 
+@settings(max_examples=100, deadline=None)
+@given(counts_of_shards, st.integers(1, 9), st.integers(1, 50), st.integers(1, 3), st.data())
+def test_several_batches_at_once_are_those_one_by_one(
+    counts: list[int], lanes: int, window: int, each: int, data: st.DataObject
+) -> None:
+    count, total = lanes * each, sum(counts) // lanes * lanes
+    if count > total:
+        return
+    order = LaneOrder(counts, seed=1, lanes=lanes, window=window)
+    batches = data.draw(st.integers(1, total // count))
+    consumed = data.draw(st.integers(0, total - count * batches))
+    start, stop = sorted((data.draw(st.integers(0, count)), data.draw(st.integers(0, count))))
+    got = order.take(2, consumed, count, start, stop, batches=batches)
+    one_by_one = [order.take(2, consumed + number * count, count, start, stop) for number in range(batches)]
+    for column, expected in zip(got, zip(*one_by_one, strict=True), strict=True):
+        assert column.tolist() == np.concatenate(expected).tolist()
+
+
 def numbers(order: LaneOrder, epoch: int, consumed: int, count: int, start: int = 0, stop: int | None = None) -> Any:
     """`ids` as one integer each."""
     places = order.take(epoch, consumed, count, start, stop)

@@ -9,21 +9,28 @@ import shutil
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from dataset_factory import key_of, latent, make_dataset
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from window_loaders import COUNTS, corrupt, loader_of, stream, whole_windows, without_arena
 
 from ardist.config.data import DataConfig
 from ardist.data.batch import RowBuffer
+from ardist.data.batch_loader import BatchLoader
+from ardist.data.fetch_threads import FetchThreads
 from ardist.data.loader import open_loader
 from ardist.data.manifest import load_manifest
 from ardist.data.order import LaneOrder
 from ardist.data.reader import SampleReader
-from ardist.data.window_arena import ArenaClosedError, MemberRows, WindowArena
+from ardist.data.run_reader import pieces
+from ardist.data.window_arena import ArenaClosedError, WindowArena, WindowRows, finite
 from ardist.events import events
 
 
@@ -71,6 +78,74 @@ def test_whole_windows_are_what_serves(dataset: Path, monkeypatch: pytest.Monkey
             with loader_of(dataset, batch=batch, rank=rank, world_size=ranks) as loader:
                 stream(loader, 40)
     assert single == []
+
+
+def memories(loader: BatchLoader) -> list[tuple[int, int]]:
+    """[first, last) addresses of the windows."""
+    arena = loader.streams[0]._arena
+    assert arena is not None
+    held = [memory.values for memory in arena._memories if memory is not None]
+    return [(values.data_ptr(), values.data_ptr() + values.nbytes) for values in held]
+
+
+@pytest.mark.parametrize(("batch", "start"), [(8, 0), (8, 12), (12, 0), (20, 0)])
+def test_batches_are_slices_of_windows_and_stay_as_they_are(dataset: Path, batch: int, start: int) -> None:
+    """Nothing is copied but batches that straddle two windows, and nothing is overwritten while it is looked at."""
+    window = 10 if batch == 20 else 8
+    with loader_of(dataset, batch=batch, window=window) as loader:
+        loader.load_state_dict({**loader.state_dict(), "consumed": start})
+        in_place = []
+        for _ in range(45):
+            epoch, consumed = loader._position()
+            consumed = 0 if consumed + batch > 120 else consumed
+            values = next(loader).values
+            assert values.is_contiguous()
+            before = values.clone()
+            fetching = loader.streams[0]._read_ahead
+            assert fetching is not None
+            idle(fetching._threads)
+            assert torch.equal(values, before)
+            inside = any(low <= values.data_ptr() < high for low, high in memories(loader))
+            straddles = consumed // 4 // window != (consumed + batch - 1) // 4 // window
+            in_place.append(inside)
+            assert inside != straddles, (epoch, consumed)
+        assert any(in_place)
+
+
+def idle(threads: FetchThreads) -> None:
+    """Give reading ahead the time to come as far as it can: all is read, or it waits for what the caller holds."""
+    before = None
+    while before != (before := len(threads._tasks)):
+        time.sleep(0.005)
+
+
+def test_members_at_uneven_distances_are_read_with_few_calls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Descriptions of different lengths stand between the members."""
+    make_dataset(tmp_path, [40, 40], describe=lambda number: "long " * (number % 5 * 200))
+    with loader_of(tmp_path) as loader:
+        assert whole_windows(loader)
+        expected = stream(loader, 30)
+    single, calls, read = [], [], os.preadv
+    monkeypatch.setattr(SampleReader, "read", lambda self, shards, *_: single.append(len(shards)))
+    monkeypatch.setattr(os, "preadv", lambda *arguments: calls.append(1) or read(*arguments))
+    with loader_of(tmp_path) as loader:
+        assert stream(loader, 30) == expected
+    assert single == []
+    assert len(calls) < 240
+
+
+@settings(deadline=None, max_examples=300)
+@given(
+    st.lists(st.sampled_from([100, 120, 300_000, 900_000]), min_size=1, max_size=40), st.sampled_from([100, 64 * 1024])
+)
+def test_pieces_cover_a_run_and_have_one_distance(distances: list[int], size: int) -> None:
+    offsets = np.cumsum(np.maximum(distances, size)).astype(np.int64)
+    found = list(pieces(offsets, size))
+    assert [low for low, _ in found] == [0, *(high for _, high in found[:-1])]
+    assert found[-1][1] == len(offsets)
+    for low, high in found:
+        assert len(set(np.diff(offsets[low:high]).tolist())) <= 1
+        assert offsets[high - 1] + size - offsets[low] <= 640 * 1024
 
 
 @pytest.mark.parametrize("batch", [8, 12])
@@ -222,7 +297,7 @@ for _ in range(20):
     next(loader)
 used = psutil.Process().memory_info().rss - rss
 arena = sum(stream.arena_bytes() for stream in loader.streams)
-assert loader._buffer_count * 512 * 4096 + arena <= 48 * 2**20
+assert loader._buffer_count * loader._steps_at_once * 512 * 4096 + arena <= 48 * 2**20
 print(used, arena)
 """
     environment = {**os.environ, "DS_ACCELERATOR": "cpu"}
@@ -252,16 +327,17 @@ def test_windows_are_only_taken_whole_where_they_fit_and_pay(dataset: Path, tmp_
 def test_arena_by_itself(dataset: Path) -> None:
     order = LaneOrder(COUNTS, seed=1, lanes=4, window=8)
     arena = WindowArena(order, range(4), (2, 3, 4), "float16")
-    first, second = arena.begin(0, 0, 1), arena.begin(0, 1, 1)
+    turns = [order.window_turns(0, number, range(4)) for number in range(4)]
+    first, second = arena.begin(0, 0, 1, turns[0]), arena.begin(0, 1, 1, turns[1])
     held = arena.hold(0, 0, 1)
     assert held == (first, second)
     assert arena.hold(0, 2, 3) == ()
-    third = arena.begin(0, 2, 1)
+    third = arena.begin(0, 2, 1, turns[2])
     memory = arena.claim(first)
     assert memory is not None
     memory.good[:3] = True
     arena.loaded(first)
-    claimed: list[MemberRows | None] = []
+    claimed: list[WindowRows | None] = []
     waiter = threading.Thread(target=lambda: claimed.append(arena.claim(third)))
     waiter.start()
     waiter.join(0.1)
@@ -270,7 +346,7 @@ def test_arena_by_itself(dataset: Path) -> None:
     waiter.join(30)
     assert claimed == [memory]
     assert not memory.good.any()
-    fourth = arena.begin(0, 3, 1)
+    fourth = arena.begin(0, 3, 1, turns[3])
     waiter = threading.Thread(target=lambda: claimed.append(arena.claim(fourth)))
     waiter.start()
     waiter.join(0.1)
@@ -279,14 +355,16 @@ def test_arena_by_itself(dataset: Path) -> None:
     waiter.join(30)
     assert claimed[1:] == [None]
     with pytest.raises(ArenaClosedError):
-        arena.serve(arena.hold(0, 3, 3), order.take(0, 0, 8), RowBuffer(8, (2, 3, 4), "float16"), 0)
+        arena.copy(arena.hold(0, 3, 3), order.take(0, 0, 8), RowBuffer(8, (2, 3, 4), "float16"), 0)
+    with pytest.raises(ArenaClosedError):
+        arena.slices(arena.hold(0, 3, 3), order.take(0, 0, 8), 8)
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 @pytest.mark.parametrize("bits", [0x7C00, 0xFC00, 0x7C01, 0xFFFF, 0x7F80, 0xFF80, 0x7FC0, 0x7BFF, 0xFBFF, 0x7F7F, 0])
 def test_finite_is_what_numpy_says(dtype: Any, bits: int) -> None:
-    rows = MemberRows(3, (2, 5), dtype)
-    rows.payloads[1][6:8] = bits.to_bytes(2, "little")
+    rows = np.zeros((3, 10), np.int16)
+    rows[1, 3] = np.array(bits, np.uint16).view(np.int16)
     word = np.array([bits], np.uint16)
     number = word.view(np.float16) if dtype == "float16" else (word.astype(np.uint32) << 16).view(np.float32)
-    assert rows.finite(0, 3).tolist() == [True, bool(np.isfinite(number[0])), True]
+    assert finite(rows, dtype).tolist() == [True, bool(np.isfinite(number[0])), True]
