@@ -1,4 +1,4 @@
-"""A read-only object server for benchmarks: one folder as one bucket, with ranges and entity tags, on loopback."""
+"""A read-only object server for benchmarks: one folder as one bucket, with ranges, tags and listings, on loopback."""
 
 from __future__ import annotations
 
@@ -18,6 +18,8 @@ def serve(folder: Path) -> Iterator[str]:
     class Handler(http.server.BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
         wbufsize = 2**16
+        # As stores do; else the body of a small answer waits 40 ms for the client to confirm its header.
+        disable_nagle_algorithm = True
 
         def log_message(self, *_: object) -> None:
             """Quiet."""
@@ -28,7 +30,28 @@ def serve(folder: Path) -> Iterator[str]:
         def do_GET(self) -> None:
             self._answer(body=True)
 
+        def _list(self, prefix: str) -> None:
+            """All objects below a prefix, in one page."""
+            files = sorted(path for path in folder.rglob("*") if path.is_file())
+            names = [(path.relative_to(folder).as_posix(), path.stat().st_size) for path in files]
+            rows = [
+                f"<Contents><Key>{name}</Key><Size>{size}</Size><ETag>&quot;{size}&quot;</ETag>"
+                "<LastModified>2026-01-01T00:00:00.000Z</LastModified></Contents>"
+                for name, size in names
+                if name.startswith(prefix)
+            ]
+            head = "<Name>bench</Name><IsTruncated>false</IsTruncated>"
+            text = f"<ListBucketResult>{head}{''.join(rows)}</ListBucketResult>".encode()
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(text)))
+            self.end_headers()
+            self.wfile.write(text)
+
         def _answer(self, *, body: bool) -> None:
+            query = urllib.parse.parse_qs(urllib.parse.urlsplit(self.path).query)
+            if "list-type" in query:
+                self._list(query.get("prefix", [""])[0])
+                return
             name = urllib.parse.unquote(urllib.parse.urlsplit(self.path).path).removeprefix("/bench/")
             path = (folder / name).resolve()
             if not path.is_relative_to(folder.resolve()) or not path.is_file():

@@ -24,7 +24,8 @@ PART_BYTES: Final = 32 * 2**20
 """A shard of up to twice this is fetched whole; a longer one in parts of about this size, and only those needed."""
 
 _LOOKUPS: Final = 16
-_LOOK_UP_EACH: Final = 1000
+_LOOK_UP_EACH: Final = 32
+"""Objects from which on a listing, a thousand at a time, is cheaper than to ask for each."""
 
 
 class RemoteSource(ShardSource):
