@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from typing import SupportsIndex
 
 
 class ArdistError(Exception):
@@ -62,3 +63,11 @@ def choose(name: str, value: str, legal: Iterable[str]) -> str:
     if value not in names:
         raise InvalidValueError(f"{name}={value!r} is not known{did_you_mean(value, names)}; legal: {', '.join(names)}")
     return value
+
+
+def check_integer(name: str, value: object) -> None:
+    """Raise InvalidValueError unless `value` is an integer: a size like 2.5 must not be rounded in silence."""
+    if type(value) is int:  # all that a compiler meets, which cannot trace the question below
+        return
+    if isinstance(value, bool) or not isinstance(value, SupportsIndex):
+        raise InvalidValueError(f"{name}={value!r} is illegal; legal: an integer")

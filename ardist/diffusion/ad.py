@@ -13,22 +13,16 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal, SupportsIndex
+from typing import Literal
 
 import torch
 from jaxtyping import Bool, Int64
 from torch import Tensor
 
-from ardist.errors import InvalidValueError, choose
+from ardist.errors import InvalidValueError, check_integer, choose
 
 WindowKind = Literal["rolling", "recompute"]
 WINDOW_KINDS = ("rolling", "recompute")
-
-
-def check_integer(name: str, value: object) -> None:
-    """Raise InvalidValueError unless `value` is an integer: a size like 2.5 must not be rounded in silence."""
-    if isinstance(value, bool) or not isinstance(value, SupportsIndex):
-        raise InvalidValueError(f"{name}={value!r} is illegal; legal: an integer")
 
 
 @dataclass(frozen=True)
@@ -225,5 +219,6 @@ class ADSchedule:
         return math.ceil(self.num_steps / self._window) if slides else 0
 
     def _check_row(self, row: int, first: int) -> None:
+        check_integer("row", row)
         if not first <= row <= self.num_rows:
             raise InvalidValueError(f"row={row} is out of range; legal: {first}..{self.num_rows}")

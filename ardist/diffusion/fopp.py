@@ -23,7 +23,7 @@ from jaxtyping import Int, Int64
 from torch import Tensor
 
 from ardist.diffusion.counter_rng import Purpose, check_sample_ids, random_bits, scale_to_range
-from ardist.errors import InvalidValueError, choose
+from ardist.errors import InvalidValueError, check_integer, choose
 
 LAWS = ("fopp", "synchronous", "independent", "uniform_monotone")
 """fopp; one timestep per clip; one per frame (Diffusion Forcing); uniform over all non-decreasing sequences."""
@@ -172,6 +172,7 @@ def _check(
         ("num_frames", num_frames, MAX_FRAMES),
         ("num_timesteps", num_timesteps, MAX_TIMESTEPS),
     ):
+        check_integer(name, value)
         if not 1 <= value <= bound:
             raise InvalidValueError(f"{name}={value} is out of range; legal: 1..{bound}")
     if num_ids != batch_size:

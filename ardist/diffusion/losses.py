@@ -13,7 +13,7 @@ from torch import Tensor
 from ardist.diffusion.counter_rng import Purpose, bernoulli
 from ardist.diffusion.noise import TARGETS, NoiseSchedule
 from ardist.diffusion.shapes import check_clips, check_int64, check_shape
-from ardist.errors import InvalidValueError, choose
+from ardist.errors import InvalidValueError, check_integer, choose
 
 
 def per_frame_mse(prediction: Float[Tensor, "b f *x"], target: Float[Tensor, "b f *x"]) -> Float[Tensor, "b f"]:
@@ -77,6 +77,7 @@ def loss_by_timestep(
     """
     check_int64("timesteps", timesteps)
     check_shape("timesteps", timesteps, frame_losses.shape)
+    check_integer("num_buckets", num_buckets)
     if not 1 <= num_buckets <= num_timesteps:
         raise InvalidValueError(f"num_buckets={num_buckets} is out of range; legal: 1..{num_timesteps}")
     bucket = (timesteps * num_buckets).div(num_timesteps, rounding_mode="floor").flatten()

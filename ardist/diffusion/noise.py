@@ -17,7 +17,7 @@ from jaxtyping import Float, Float64, Int64
 from torch import Tensor
 
 from ardist.diffusion.shapes import check_clips, check_int64, check_shape
-from ardist.errors import InvalidValueError, choose
+from ardist.errors import InvalidValueError, check_integer, choose
 
 ScheduleKind = Literal["scaled_linear", "cosine"]
 Target = Literal["x0", "eps", "v"]
@@ -42,6 +42,7 @@ class NoiseSchedule:
     @classmethod
     def create(cls, kind: str = "scaled_linear", num_timesteps: int = 1000) -> NoiseSchedule:
         """The schedule `kind`, one of SCHEDULES, of `num_timesteps` >= 2 steps, derived in float64 on CPU."""
+        check_integer("num_timesteps", num_timesteps)
         if num_timesteps < 2:
             raise InvalidValueError(f"num_timesteps={num_timesteps} is out of range; legal: 2 and more")
         if choose("schedule", kind, SCHEDULES) == "scaled_linear":

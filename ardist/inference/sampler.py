@@ -17,10 +17,10 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from ardist.diffusion.ad import WINDOW_KINDS, ADSchedule, check_integer
+from ardist.diffusion.ad import WINDOW_KINDS, ADSchedule
 from ardist.diffusion.counter_rng import Purpose, normal
 from ardist.diffusion.noise import TARGETS, NoiseSchedule
-from ardist.errors import InvalidValueError, choose
+from ardist.errors import InvalidValueError, check_integer, choose
 from ardist.inference.conditions import Conditions
 from ardist.inference.rows import FinalFrame, Levels, Run, cached_rows, count_cached_programs, recomputed_rows
 from ardist.models.attention.flex import COMPILED_LAYOUTS

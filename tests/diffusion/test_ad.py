@@ -215,6 +215,15 @@ def test_given_frames_may_leave_a_recompute_window() -> None:
     assert {schedule.window_range(row) for row in range(1, 51)} == {(4, 20)}
 
 
+@pytest.mark.parametrize("row", [2.5, 3.0, True])
+def test_a_row_that_is_no_integer_is_refused(row: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A frame cannot have had one and a half evaluations."""
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+    for call in (ADSchedule(2, 50, 5).steps_done, ADSchedule(2, 50, 5).active_range):
+        with pytest.raises(InvalidValueError, match=rf"row={row} is illegal; legal: an integer"):
+            call(row)  # type: ignore[operator]
+
+
 @pytest.mark.parametrize("row", [-1, 56])
 def test_rows_out_of_range_are_refused(row: int) -> None:
     with pytest.raises(InvalidValueError, match=rf"row={row} is out of range; legal: 0\.\.55"):

@@ -6,6 +6,7 @@ import itertools
 from collections import Counter
 from math import comb, sqrt
 
+import jaxtyping
 import pytest
 import torch
 
@@ -199,6 +200,14 @@ def test_laws_as_written_on_a_command_line() -> None:
     for text in ("fop", "fop=1", "fopp=x", "fopp=-1", "fopp=inf", "fopp=1,fopp=2", "fopp=0", "fopp=1,", ""):
         with pytest.raises(InvalidValueError, match="legal|at least one positive"):
             parse_law(text)
+
+
+@pytest.mark.parametrize(("sizes", "match"), [((2.5, 10), r"num_frames=2\.5"), ((4, 10.5), r"num_timesteps=10\.5")])
+def test_sizes_that_are_no_integers_are_refused(sizes, match: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Past the type annotations, which these tests check at run time and the product does not."""
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+    with pytest.raises(InvalidValueError, match=f"{match} is illegal; legal: an integer"):
+        draw("fopp", 4, *sizes)
 
 
 def test_batch_size_must_match_the_sample_ids() -> None:

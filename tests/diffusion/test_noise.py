@@ -151,6 +151,15 @@ def test_what_would_only_fit_by_broadcasting_is_refused(call: Callable[[], objec
         call()
 
 
+@pytest.mark.usefixtures("unchecked")
+def test_a_number_of_timesteps_or_buckets_that_is_no_integer_is_refused() -> None:
+    """Ten and a half timesteps would be a schedule of ten or eleven that no checkpoint was trained with."""
+    with pytest.raises(InvalidValueError, match=r"num_timesteps=10\.5 is illegal; legal: an integer"):
+        NoiseSchedule.create("cosine", 10.5)  # type: ignore[arg-type]
+    with pytest.raises(InvalidValueError, match=r"num_buckets=2\.5 is illegal; legal: an integer"):
+        loss_by_timestep(LOSSES, T, 1000, 2.5)  # type: ignore[arg-type]
+
+
 def test_clips_of_single_numbers_and_levels_of_either_shape_are_legal() -> None:
     """The least shapes that the annotations allow: no axis after the frames, levels with and without clips."""
     x0, eps, timesteps = X[..., 0, 0], X[..., 1, 1], T[:1].expand(4, 4)

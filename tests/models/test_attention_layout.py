@@ -125,3 +125,18 @@ def test_relative_layout_is_the_same_mask_and_keys_are_values(layout: AttentionL
 def test_a_window_that_is_no_integer_is_refused(window: float) -> None:
     with pytest.raises(InvalidValueError, match=f"window={window} is illegal; legal: an integer"):
         AttentionLayout.training(4, 2, window=window)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ((4, 2.5), r"tokens_per_frame=2\.5"),
+        ((2.5, 4), r"the end of query_frames=2\.5"),
+        ((4, 2, 1.0), r"context_tokens=1\.0"),
+    ],
+)
+@pytest.mark.usefixtures("unchecked")
+def test_counts_that_are_no_integers_are_refused(sizes: tuple[float, ...], message: str) -> None:
+    """The mask of half a token has a shape and pairs, and would only fail far from here."""
+    with pytest.raises(InvalidValueError, match=f"{message} is illegal; legal: an integer"):
+        AttentionLayout.training(*sizes)  # type: ignore[arg-type]

@@ -16,8 +16,7 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from ardist.diffusion.ad import check_integer
-from ardist.errors import InvalidValueError, choose
+from ardist.errors import InvalidValueError, check_integer, choose
 
 MaskKind = Literal["strict", "released", "bidirectional"]
 LayoutKey = tuple[int, int, int, int, int, int, bool, str, int | None]
@@ -59,12 +58,16 @@ class AttentionLayout:
 
     def __post_init__(self) -> None:
         choose("kind", self.kind, get_args(MaskKind))
+        check_integer("tokens_per_frame", self.tokens_per_frame)
+        check_integer("context_tokens", self.context_tokens)
         if self.tokens_per_frame < 1:
             raise InvalidValueError(f"tokens_per_frame={self.tokens_per_frame} is illegal; legal: at least 1")
         if self.context_tokens < 0:
             raise InvalidValueError(f"context_tokens={self.context_tokens} is illegal; legal: at least 0")
         for name in ("query_frames", "key_frames"):
             start, stop = getattr(self, name)
+            check_integer(f"the start of {name}", start)
+            check_integer(f"the end of {name}", stop)
             if not 0 <= start <= stop:
                 raise InvalidValueError(
                     f"{name}={(start, stop)} is illegal; legal: (start, stop) with 0 <= start <= stop"

@@ -6,9 +6,8 @@ import torch
 from torch import Tensor
 
 from ardist.config.denoiser import DenoiserConfig
-from ardist.diffusion.ad import check_integer
 from ardist.diffusion.fopp import check_timesteps
-from ardist.errors import InvalidValueError
+from ardist.errors import InvalidValueError, check_integer
 
 
 def check_inputs(
