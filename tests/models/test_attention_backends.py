@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+
+import jaxtyping
 import pytest
 import torch
 from attention_cases import NAMED, exact, layouts, tensors
@@ -17,6 +21,7 @@ from ardist.models.attention import (
     flex,
     resolve_backend,
     sdpa,
+    sdpa_cpu,
 )
 from ardist.models.attention.cuda_kernels import _cached_starts
 from ardist.models.attention.dispatch import _check
@@ -135,6 +140,38 @@ def test_sdpa_scores_no_forbidden_pair_of_large_frames_and_copies_no_keys() -> N
         assert max(c.mask.num_queries for c in calls if c.mask) <= sdpa.CHUNK_TOKENS_TRAINING
 
 
+@pytest.mark.parametrize("attend", [sdpa.attend, functools.partial(attention, backend="sdpa")], ids=["any", "cpu"])
+@pytest.mark.parametrize(
+    "layout",
+    [
+        AttentionLayout.training(300, 4),
+        AttentionLayout.training(300, 4, 5, window=30),
+        AttentionLayout.training(64, 32, 77),
+        AttentionLayout.training(150, 8, 77, "released"),
+        AttentionLayout.training(150, 8, 77, "bidirectional"),
+        AttentionLayout(8, (100, 150), (0, 150), 5, context_queries=False),
+    ],
+)
+def test_masks_of_a_long_sequence_are_strips(
+    attend: Callable[..., Tensor], layout: AttentionLayout, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Forward and backward, on a CPU and elsewhere: no mask has more rows than a chunk, none is tokens x tokens."""
+    for cached in (sdpa._cached_mask, sdpa_cpu._added, sdpa_cpu._cached_calls):
+        cached.cache_clear()
+    rows, dense_mask = [0], AttentionLayout.dense_mask
+
+    def recorded(mask_of: AttentionLayout, device: torch.device | str = "cpu") -> Tensor:
+        mask = dense_mask(mask_of, device)
+        rows.append(len(mask))
+        return mask
+
+    monkeypatch.setattr(AttentionLayout, "dense_mask", recorded)
+    q, k, v, grad = tensors(layout, head_dim=2, dtype=torch.float32)
+    torch.autograd.grad(attend(q, k, v, layout), (q, k, v), grad)
+    assert max(rows) <= sdpa.CHUNK_TOKENS_TRAINING
+    assert (len(rows) > 1) == (layout.kind != "bidirectional"), "these frames are smaller than a chunk"
+
+
 @pytest.mark.parametrize("backend", DIFFERENTIABLE)
 def test_autocast_decides_the_dtype(backend: str) -> None:
     layout = NAMED["strict with context"]
@@ -176,10 +213,23 @@ def test_bad_input_names_the_value_and_the_legal_ones() -> None:
         attention(q[:, :, 1:], k, v, layout)
     with pytest.raises(InvalidValueError, match=r"legal for this layout: 35 tokens in q, 35 in k and v"):
         attention(q, k[:, :, 1:], v[:, :, 1:], layout)
-    with pytest.raises(InvalidValueError, match="one dtype for all three"):
+    with pytest.raises(InvalidValueError, match="one floating-point dtype for all three"):
         attention(q, k.float(), v, layout)
     with pytest.raises(InvalidValueError, match=r"legal: four axes each, \[batch, heads, tokens, head dimension\]"):
         _check(q[0], k[0], v[0], layout)
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.complex64])
+@pytest.mark.parametrize("backend", ["auto", "flash"])
+def test_numbers_that_no_kernel_attends_with_are_refused(
+    dtype: torch.dtype, backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Past the type annotations, which these tests check at run time and the product does not."""
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+    layout = NAMED["strict"]
+    q, k, v = (x.detach().to(dtype) for x in tensors(layout)[:3])
+    with pytest.raises(InvalidValueError, match=f"{dtype}; legal: one floating-point dtype for all three"):
+        attention(q, k, v, layout, backend)
 
 
 def test_flex_on_cuda_needs_heads_of_sixteen_channels() -> None:

@@ -56,8 +56,10 @@ def attention(
     if torch.is_autocast_enabled(q.device.type):
         dtype = torch.get_autocast_dtype(q.device.type)
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
-    if not q.dtype == k.dtype == v.dtype:
-        raise InvalidValueError(f"q, k, v have dtypes {q.dtype}, {k.dtype}, {v.dtype}; legal: one dtype for all three")
+    if not q.dtype == k.dtype == v.dtype or not q.is_floating_point():
+        raise InvalidValueError(
+            f"q, k, v have dtypes {q.dtype}, {k.dtype}, {v.dtype}; legal: one floating-point dtype for all three"
+        )
     tracked = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
     compiling = torch.compiler.is_compiling()
     # While a compiler traces, the number of frames may be symbolic, and nothing should be asked of it.
