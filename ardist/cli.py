@@ -225,6 +225,8 @@ def schedule(
     from ardist.errors import InvalidValueError
     from ardist.report import schedules
 
+    if out.suffix.lower() != ".png":
+        raise InvalidValueError(f"out={str(out)!r} is illegal; legal: a name that ends in .png")
     if law and not training:
         raise InvalidValueError(f"--law {law[0]} has no meaning without --training; legal: with it")
     if training:

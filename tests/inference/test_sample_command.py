@@ -139,6 +139,9 @@ def test_schedule_draws_and_refuses(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert ardist(*line, "--out", tmp_path / "x.png") == 2
     assert "4" in capsys.readouterr().err  # the smallest legal difference
     assert not (tmp_path / "x.png").exists()
+    assert ardist("schedule", "--out", tmp_path / "x.jpg") == 2
+    assert "legal: a name that ends in .png" in capsys.readouterr().err
+    assert not (tmp_path / "x.jpg").exists()
 
 
 def test_a_bundle_without_ar_vae_and_a_directory_as_target_are_refused_first(
