@@ -36,6 +36,7 @@ typecheck: $(VENV)/.installed-dev  ## mypy, strict
 bench: $(VENV)/.installed-dev  ## the benchmarks at sizes for two CPU cores; docs/performance.md is their log
 	$(BIN)/python benchmarks/fopp.py
 	$(BIN)/python benchmarks/attention.py
+	$(BIN)/python benchmarks/packed_linear.py
 	$(BIN)/python benchmarks/sampler.py --steps 10
 	$(BIN)/python benchmarks/ar_vae.py
 	$(BIN)/python benchmarks/shuffle.py

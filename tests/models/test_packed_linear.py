@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
+import sys
+from types import ModuleType
+
 import pytest
 import torch
 from torch import nn
@@ -86,3 +90,33 @@ def test_a_run_packs_the_weights_of_its_day(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr("ardist.inference.sampler.can_pack", lambda _: False)
     unpacked = ADSampler(denoiser, NoiseSchedule.create()).sample(3, num_inference_steps=4, difference=2)
     torch.testing.assert_close(after, unpacked, rtol=1e-5, atol=1e-5)
+
+
+@pytest.fixture
+def benchmark(pytestconfig: pytest.Config) -> ModuleType:
+    path = pytestconfig.rootpath / "benchmarks" / "packed_linear.py"
+    spec = importlib.util.spec_from_file_location("packed_linear_benchmark", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@packs
+def test_the_benchmark_times_the_layers_that_a_sampler_packs(
+    benchmark: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    kinds: list[set[type]] = []
+    timed = benchmark.timed
+    monkeypatch.setattr(
+        benchmark, "timed", lambda layers, *rest: (kinds.append({type(x) for x in layers}), timed(layers, *rest))[1]
+    )
+    monkeypatch.setattr(benchmark, "ROWS", (3, 40))
+    monkeypatch.setattr(sys, "argv", ["packed_linear.py", "--preset", "tiny", "--threads", "1", "--repeats", "1"])
+    benchmark.main()
+    shown = capsys.readouterr().out
+    # Two warming turns and one that counts, for each number of rows: plain layers and packed ones in turn.
+    assert kinds == [{nn.Linear}, {PackedLinear}] * 6
+    assert "tiny, 16 layers, fp32" in shown
+    assert len([line for line in shown.splitlines() if line.rstrip("│ ").endswith("x")]) == 2
