@@ -78,7 +78,7 @@ class ADSchedule:
             raise InvalidValueError(
                 f"difference={self.difference} is too small for a recompute window of {self.window} frames: frames "
                 f"would leave it after {self.difference * self._window} of {steps} evaluations; "
-                f"legal: {self._smallest_difference}..{steps}, or a rolling window"
+                f"legal: {self._smallest_difference}..{steps}, or, with the strict mask, a rolling window"
             )
 
     # Sizes

@@ -241,6 +241,19 @@ def test_frames_are_handed_out_as_soon_as_they_are_final(window_kind: str) -> No
     assert torch.equal(torch.stack(frames, dim=1), whole[:, 2:])
 
 
+@pytest.mark.parametrize("window_kind", ["rolling", "recompute"])
+def test_what_is_done_to_a_frame_handed_out_does_not_reach_the_next_ones(window_kind: str) -> None:
+    """A consumer may scale a frame in place, before the row that shows it to the network as final."""
+    sampler = ADSampler(random_denoiser(), NOISE, window_kind=window_kind)
+    arguments: dict[str, Any] = {"num_inference_steps": 5, "difference": 2}
+    expected = sampler.sample(5, **arguments)
+    taken = []
+    for frame in sampler.stream(5, **arguments):
+        taken.append(frame.latents.clone())
+        frame.latents.fill_(7)
+    assert torch.equal(torch.stack(taken, dim=1), expected)
+
+
 def count_calls(denoiser: Denoiser, monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
     """(batch, frames) of every network call from now on."""
     calls: list[tuple[int, int]] = []
