@@ -26,7 +26,7 @@ def run(program: str, pytestconfig: pytest.Config) -> None:
         cwd=pytestconfig.rootpath / "tests" / "inference",
         capture_output=True,
         text=True,
-        timeout=280,
+        timeout=900,
         check=False,
     )
     assert done.returncode == 0, done.stderr[-2000:]
@@ -69,6 +69,7 @@ assert not counters["graph_break"]
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1000)
 @NEEDS_COMPILER
 def test_compiled_videos_are_the_plain_ones(pytestconfig: pytest.Config) -> None:
     """With the default compiler, on a CPU."""
@@ -99,6 +100,7 @@ for frame in (1, 2):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1000)
 def test_flex_is_causal_in_cached_inference(pytestconfig: pytest.Config) -> None:
     reason = available_backends()["flex"]
     if reason:
