@@ -200,6 +200,7 @@ def evaluate(
     "ardist schedule --training --law fopp=0.9,synchronous=0.1"
 )
 def schedule(
+    ctx: typer.Context,
     frames: Annotated[int, typer.Option(help="Frames F of the video, given ones included.", min=1)] = 16,
     steps: Annotated[int, typer.Option(help="Sampler steps S per frame; must divide TIMESTEPS.", min=1)] = 50,
     difference: Annotated[int, typer.Option(help="AD timestep difference s in sampler steps, 0 … S.", min=0)] = 5,
@@ -230,6 +231,11 @@ def schedule(
     if law and not training:
         raise InvalidValueError(f"--law {law[0]} has no meaning without --training; legal: with it")
     if training:
+        for name in ("steps", "difference", "window", "window_kind", "prefix_frames"):
+            source = ctx.get_parameter_source(name)
+            if source is not None and source.name == "COMMANDLINE":  # typer has an enumeration of its own for it
+                option = f"--{name.replace('_', '-')} {ctx.params[name]}"
+                raise InvalidValueError(f"{option} has no meaning with --training; legal: without it")
         laws = [parse_law(text) for text in law] if law else LAWS
         schedules.draw_timestep_laws(out, num_frames=frames, num_timesteps=timesteps, laws=laws)
     else:

@@ -133,6 +133,8 @@ def test_schedule_draws_and_refuses(tmp_path: Path, capsys: pytest.CaptureFixtur
     # Two panels beside each other: narrower than the four of all laws.
     assert Image.open(tmp_path / "mixed.png").size[0] < 0.7 * Image.open(tmp_path / "laws.png").size[0]
     assert ardist("schedule", "--law", "fopp", "--out", tmp_path / "x.png") == 2
+    assert ardist("schedule", "--training", "--window-kind", "rolling", "--out", tmp_path / "x.png") == 2
+    assert "--window-kind rolling has no meaning with --training" in capsys.readouterr().err
     assert ardist("schedule", "--training", "--law", "fopp=a", "--out", tmp_path / "x.png") == 2
     assert "legal: name=weight" in capsys.readouterr().err
     line = ["schedule", "--frames", 40, "--difference", 2, "--window", 16, "--window-kind", "recompute"]
