@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from ardist.launch.hosts import fitting, is_here
 from ardist.launch.local import check_port, count_gpus, free_port, rank_environment
 from ardist.launch.nodes import LocalNode, Node
 from ardist.launch.remote import RemoteNode
+from ardist.launch.together import together
 from ardist.launch.wire import pack_placement
 from ardist.training.goodput import JOB_VARIABLE
 
@@ -93,14 +93,13 @@ class Cluster:
                 shown = ", ".join(f"{host.name} slots={host.slots}" for host in hosts)
                 _log.warning("this attempt runs on %d of %d machines: %s", len(hosts), len(self._hosts), shown)
             nodes = self._start_on(hosts, remotes, answers, attempt, job)
-        except ArdistError:
-            for remote in remotes.values():
-                remote.kill()
+        except (ArdistError, OSError):
+            together(lambda remote: remote.kill(), remotes.values())
             raise
-        for name, remote in remotes.items():
-            if remote not in nodes:
-                _log.info("%s is not needed", name)
-                remote.kill()
+        spare = {name: remote for name, remote in remotes.items() if remote not in nodes}
+        for name in spare:
+            _log.info("%s is not needed", name)
+        together(lambda remote: remote.kill(), spare.values())
         return nodes
 
     def _greet_all(
@@ -109,9 +108,12 @@ class Cluster:
         seconds = self._order.config.launch.node_seconds
         answers: dict[str, dict[str, Any]] = {}
         problems: list[tuple[str, str]] = []
-        remotes = {
-            host.name: RemoteNode(host.name, self._shell, seconds) for host in self._hosts if not is_here(host.name)
-        }
+        remotes: dict[str, RemoteNode] = {}
+        for name in [host.name for host in self._hosts if not is_here(host.name)]:
+            try:
+                remotes[name] = RemoteNode(name, self._shell, seconds)
+            except OSError as error:
+                problems.append((name, f"machine {name} cannot be reached: {error}"))
         environment = {name: value for name, value in os.environ.items() if name.startswith(FORWARDED)}
 
         def greet(name: str) -> None:
@@ -126,8 +128,7 @@ class Cluster:
             except HardwareError as error:
                 problems.append((name, str(error)))
 
-        with ThreadPoolExecutor(max_workers=64) as pool:
-            list(pool.map(greet, remotes))
+        together(greet, remotes)
         return remotes, answers, problems
 
     def _port_of(self, name: str) -> int | None:
@@ -169,7 +170,11 @@ class Cluster:
             placement = Placement(hosts, index, address, port)
             remote = remotes.get(host.name)
             if remote is None:
-                nodes.append(start_here(order, placement, job, attempt, address=host.name))
+                try:
+                    nodes.append(start_here(order, placement, job, attempt, address=host.name))
+                except (ArdistError, OSError):
+                    together(lambda node: node.kill(), nodes)
+                    raise
                 continue
             remote.start(
                 placement=pack_placement(placement),

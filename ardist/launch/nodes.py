@@ -11,7 +11,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -23,9 +22,10 @@ import psutil
 from ardist.config.launch import LaunchConfig
 from ardist.errors import Preempted
 from ardist.events import events
-from ardist.launch import processes
+from ardist.launch import processes, scratch
 from ardist.launch.engines import MODULE, Launch
 from ardist.launch.watchdog import Failure
+from ardist.process_identity import began
 from ardist.training.heartbeat import DIRECTORY_VARIABLE, Beat, dump_signal, read_beats, stacks_path
 from ardist.training.run_dir import GRACE_VARIABLE, LAUNCHER_VARIABLE
 
@@ -74,32 +74,44 @@ class LocalNode:
         self.ranks = 0
         self.watched = 0
         self._module = module
-        self.scratch = Path(tempfile.mkdtemp(prefix="ardist-"))
+        self.scratch = scratch.make()
         self._mark = secrets.token_hex(8)
         self._limits = limits
         self._processes: list[subprocess.Popen[bytes]] = []
         self._guard: subprocess.Popen[bytes] | None = None
+        self._pipe: int | None = None
         self._failure: Failure | None = None
 
     @property
     def variables(self) -> dict[str, str]:
         """What ranks of this machine have in their environment so that they can be watched."""
-        me = psutil.Process()
         return {
             processes.VARIABLE: self._mark,
             DIRECTORY_VARIABLE: str(self.scratch),
-            LAUNCHER_VARIABLE: f"{me.pid}:{me.create_time()}",
+            LAUNCHER_VARIABLE: f"{os.getpid()}:{began(os.getpid())}",
             GRACE_VARIABLE: str(self._limits.grace_seconds),
         }
 
     def start(self, launches: list[Launch], environment: Mapping[str, str]) -> None:
-        """Start the processes of an attempt, and first of all the guard that outlives us."""
+        """Start the processes of an attempt, and first of all the guard that outlives us.
+
+        Raises `OSError` when the machine has no room for one of them; then nothing is left of the others.
+        """
+        try:
+            self._start(launches, environment)
+        except OSError:
+            self.kill()
+            raise
+
+    def _start(self, launches: list[Launch], environment: Mapping[str, str]) -> None:
         common = {**environment, **self.variables}
         reader, self._pipe = os.pipe()
         words = [sys.executable, "-I", "-S", processes.__file__, str(reader), self._mark]
         words.append(str(self._limits.grace_seconds))
-        self._guard = subprocess.Popen(words, pass_fds=[reader], start_new_session=True, stdin=subprocess.DEVNULL)
-        os.close(reader)
+        try:
+            self._guard = subprocess.Popen(words, pass_fds=[reader], start_new_session=True, stdin=subprocess.DEVNULL)
+        finally:
+            os.close(reader)
         for launch in launches:
             # Sessions of their own: Ctrl-C reaches the supervisor only, which asks the ranks to save.
             process = subprocess.Popen(
@@ -205,8 +217,10 @@ class LocalNode:
         if self._guard is not None:
             self._guard.kill()
             self._guard.wait()
-            os.close(self._pipe)
             self._guard = None
+        if self._pipe is not None:
+            os.close(self._pipe)
+            self._pipe = None
         shutil.rmtree(self.scratch, ignore_errors=True)
 
 

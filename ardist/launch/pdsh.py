@@ -27,7 +27,8 @@ from ardist.launch.hosts import is_here
 from ardist.launch.local import rank_environment
 from ardist.launch.nodes import LocalNode, Node, rank_processes
 from ardist.launch.remote import SSH_OPTIONS, RemoteNode
-from ardist.launch.wire import encode, machine_id
+from ardist.launch.wire import encode
+from ardist.process_identity import machine_id
 from ardist.training.goodput import JOB_VARIABLE
 
 RELAY = "ardist.launch.relay"

@@ -13,7 +13,8 @@ from typing import Any
 
 from ardist.launch import processes
 from ardist.launch.local import rank_environment
-from ardist.launch.wire import decode, machine_id
+from ardist.launch.wire import decode
+from ardist.process_identity import machine_id
 from ardist.training.heartbeat import DIRECTORY_VARIABLE
 
 

@@ -18,6 +18,7 @@ from ardist.errors import ArdistError, HardwareError, Preempted
 from ardist.events import events
 from ardist.launch.nodes import Node, State
 from ardist.launch.policy import RestartPolicy, is_hopeless
+from ardist.launch.together import together
 from ardist.launch.watchdog import Failure, Watchdog
 from ardist.training import goodput
 
@@ -115,7 +116,7 @@ class Supervisor:
 
     def _attempt(self, attempt: Attempt) -> int | Failure:
         try:
-            nodes = self._start(attempt.number, self._job)
+            nodes = self._start_nodes(attempt)
         except ArdistError as error:
             if attempt.number == 1:
                 raise  # nothing ran yet: this is for the user to mend
@@ -127,8 +128,7 @@ class Supervisor:
                 failed = self._now() - outcome.seconds
                 self._keep_stacks(attempt, nodes)
         finally:
-            for node in nodes:
-                node.kill()
+            together(lambda node: node.kill(), nodes)
         cause = {0: "done", Preempted.exit_code: "preempted"}
         details: dict[str, Any] = {"exit_code": outcome}
         if isinstance(outcome, Failure):
@@ -142,6 +142,13 @@ class Supervisor:
             details |= {"began": attempt.began, "ended": self._now(), "cause": name}
             self._note(goodput.note_end, self._run_dir, self._job, attempt.number, **details)
         return outcome
+
+    def _start_nodes(self, attempt: Attempt) -> Sequence[Node]:
+        """No room for a process, a file or a connection is a fault of the environment, and may pass."""
+        try:
+            return self._start(attempt.number, self._job)
+        except OSError as error:
+            raise HardwareError(f"the ranks cannot be started: {error}") from error
 
     def _watch(self, attempt: Attempt, nodes: Sequence[Node]) -> int | Failure:
         watchdog = Watchdog(self._limits)
@@ -217,8 +224,8 @@ class Supervisor:
 
     def _keep_stacks(self, attempt: Attempt, nodes: Sequence[Node]) -> None:
         logs = self._run_dir / "logs"
-        for node in nodes:
-            for name, text in node.stacks().items():
+        for texts in together(_stacks, nodes):
+            for name, text in texts.items():
                 try:
                     logs.mkdir(parents=True, exist_ok=True)
                     path = logs / f"attempt-{attempt.number:03d}-{name}"
@@ -229,6 +236,14 @@ class Supervisor:
 
     def _now(self) -> float:
         return time.monotonic() - self._began
+
+
+def _stacks(node: Node) -> dict[str, str]:
+    try:
+        return node.stacks()
+    except OSError as error:
+        events.count("launch.no_stacks", host=node.name, reason=error)
+        return {}
 
 
 def _exit_code(failure: Failure) -> int:

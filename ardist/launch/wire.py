@@ -8,9 +8,7 @@ from __future__ import annotations
 import base64
 import dataclasses
 import json
-import socket
 import time
-from pathlib import Path
 from typing import Any
 
 from ardist.launch.engines import Host, Placement
@@ -62,12 +60,6 @@ def decode(word: str) -> dict[str, Any]:
     """The message of such a word."""
     message: dict[str, Any] = json.loads(base64.urlsafe_b64decode(word))
     return message
-
-
-def machine_id() -> str:
-    """The same for two processes exactly if one kernel runs both, whatever their host names say (Linux)."""
-    boot = Path("/proc/sys/kernel/random/boot_id")
-    return boot.read_text().strip() if boot.exists() else socket.gethostname()
 
 
 def line(message: dict[str, Any]) -> bytes:

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-import psutil
+from ardist.process_identity import began, is_running
 
 DIRECTORY_VARIABLE = "ARDIST_HEARTBEATS"
 INTERVAL = 0.5
@@ -68,7 +68,7 @@ class Heartbeat:
         header = {
             "rank": rank,
             "pid": os.getpid(),
-            "created": psutil.Process().create_time(),
+            "created": began(os.getpid()),
             "host": socket.gethostname(),
         }
         content = bytearray(_HEADER + _NUMBERS + _TEXT)
@@ -167,11 +167,7 @@ class Beat:
     @property
     def alive(self) -> bool:
         """True while its process exists and is no zombie."""
-        try:
-            process = psutil.Process(self.pid)
-            return bool(process.create_time() == self.created) and process.status() != psutil.STATUS_ZOMBIE
-        except psutil.NoSuchProcess:
-            return False
+        return is_running(self.pid, self.created)
 
 
 def beat_path(directory: Path, rank: int) -> Path:

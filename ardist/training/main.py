@@ -16,11 +16,10 @@ import warnings
 from collections.abc import Sequence
 from types import FrameType
 
-import psutil
-
 from ardist import log
 from ardist.config import TrainConfig, load_config
 from ardist.errors import ArdistError, Preempted
+from ardist.process_identity import is_running
 from ardist.training import distributed
 from ardist.training.heartbeat import heartbeat
 from ardist.training.stopping import SIGNALS
@@ -107,12 +106,7 @@ def watch_launcher() -> None:
     def watch() -> None:
         while True:
             time.sleep(WATCH_SECONDS)
-            try:
-                launcher = psutil.Process(int(pid))
-                alive = launcher.create_time() == float(created) and launcher.status() != psutil.STATUS_ZOMBIE
-            except psutil.NoSuchProcess:
-                alive = False
-            if not alive:
+            if not is_running(int(pid), float(created)):
                 os.kill(os.getpid(), signal.SIGTERM)
                 return
 

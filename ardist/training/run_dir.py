@@ -11,12 +11,11 @@ import time
 from pathlib import Path
 from typing import IO, Any
 
-import psutil
-
 from ardist import fault, log
 from ardist.config import TrainConfig, dump_config
 from ardist.errors import ConfigError, HardwareError
 from ardist.events import events
+from ardist.process_identity import is_running
 
 LOCK = ".lock"
 LAUNCHER_VARIABLE = "ARDIST_LAUNCHER"
@@ -110,11 +109,7 @@ class RunDirectory:
 def launcher_is_gone(identity: str) -> bool:
     """Whether a launcher of this machine, as in `LAUNCHER_VARIABLE`, has ended."""
     pid, created = identity.split(":")
-    try:
-        launcher = psutil.Process(int(pid))
-        return bool(launcher.create_time() != float(created)) or launcher.status() == psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return True
+    return not is_running(int(pid), float(created))
 
 
 def _grace(holder: str) -> float:

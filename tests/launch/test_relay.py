@@ -19,7 +19,8 @@ from ardist.config.launch import LaunchConfig
 from ardist.launch import processes
 from ardist.launch.engines import Launch
 from ardist.launch.pdsh import PdshNode, handed_on
-from ardist.launch.wire import decode, encode, machine_id
+from ardist.launch.wire import decode, encode
+from ardist.process_identity import machine_id
 from ardist.training.heartbeat import DIRECTORY_VARIABLE
 
 WORDS = ['it\'s $(not) a `shell`; "&" | > * ? \\', "two  blanks", "", "line\nend"]

@@ -13,6 +13,7 @@ import pytest
 from ardist.config.launch import LaunchConfig
 from ardist.errors import ConfigError
 from ardist.launch.nodes import LocalNode
+from ardist.process_identity import began
 from ardist.training.run_dir import GRACE_VARIABLE, LAUNCHER_VARIABLE, RunDirectory, launcher_is_gone
 
 HOLDER = """
@@ -41,7 +42,7 @@ def hold(run_dir: Path, **variables: str) -> subprocess.Popen[bytes]:
 def gone() -> str:
     """The identity of a launcher that has ended."""
     ended = subprocess.Popen(["sleep", "60"])
-    identity = f"{ended.pid}:{psutil.Process(ended.pid).create_time()}"
+    identity = f"{ended.pid}:{began(ended.pid)}"
     ended.kill()
     ended.wait()
     return identity
@@ -60,7 +61,7 @@ def test_a_dying_job_has_its_grace_to_save(tmp_path: Path, gone: str) -> None:
 
 def test_a_reused_process_id_is_no_launcher() -> None:
     me = psutil.Process()
-    assert not launcher_is_gone(f"{me.pid}:{me.create_time()}")
+    assert not launcher_is_gone(f"{me.pid}:{began(me.pid)}")
     assert launcher_is_gone(f"{me.pid}:1.0")
 
 
