@@ -136,6 +136,9 @@ class FolderStore(CheckpointStore):
         shutil.rmtree(self.root / write, ignore_errors=True)
 
     def prune(self, keep: int) -> None:
+        # These first: who is killed here again and again leaves one folder behind and not one each time.
+        for path in commits.leftovers(self.root):
+            shutil.rmtree(path, ignore_errors=True)
         good = 0
         for path in commits.candidates(self.root):
             if good >= keep:
@@ -145,8 +148,6 @@ class FolderStore(CheckpointStore):
                 shutil.rmtree(doomed)
             else:
                 good += _has_its_sizes(path)
-        for path in commits.leftovers(self.root):
-            shutil.rmtree(path, ignore_errors=True)
 
     def fetch(self, step: int, commit: Commit, world: World) -> tuple[Path | None, str]:
         path = self._path(step)

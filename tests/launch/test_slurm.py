@@ -98,7 +98,7 @@ def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "queue").mkdir()
     monkeypatch.setenv("PATH", f"{tools}:{os.environ['PATH']}")
     monkeypatch.setenv("PYTHON", str(tools / "python-of-the-test"))
-    monkeypatch.setenv("PYTHONPATH", str(HERE))
+    monkeypatch.setenv("PYTHONPATH", f"{HERE}:{HERE.parents[1]}")
     monkeypatch.setenv("QUEUE", str(tmp_path / "queue"))
     monkeypatch.setenv("RUN", str(tmp_path / "the run"))
     return tmp_path

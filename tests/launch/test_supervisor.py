@@ -54,7 +54,7 @@ class Job:
         node.watched = self.ranks
         self.nodes.append(node)
         placement = Placement((Host("localhost", self.ranks),), 0, "127.0.0.1", free_port())
-        environment = {**os.environ, "PYTHONPATH": str(HERE)}
+        environment = {**os.environ, "PYTHONPATH": f"{HERE}:{HERE.parents[1]}"}
         node.start(launches("plain", placement, self.words, node.scratch), environment)
         return [node]
 

@@ -43,7 +43,7 @@ def start(
     hostfile.write_text(hosts)
     words = [*pair.inside(0), sys.executable, str(HERE / "job_program.py"), "--hostfile", str(hostfile)]
     words += [str(config), *overrides]
-    environment = {**os.environ, "PATH": pair.path, "PYTHONPATH": str(HERE), "ARDIST_TOKEN": "a b'c"}
+    environment = {**os.environ, "PATH": pair.path, "PYTHONPATH": f"{HERE}:{HERE.parents[1]}", "ARDIST_TOKEN": "a b'c"}
     return subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
 
 
