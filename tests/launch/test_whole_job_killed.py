@@ -1,7 +1,7 @@
 """kill -9 of a whole job, its launcher included, at every point of the step loop and of the checkpoint writer.
 
-One run is killed again and again, each time at another point, and started again by the same command. Whatever any of its
-starts computed must be what the run computes to which nothing happens.
+One run is killed again and again, each time at another point, and started again by the same command. Whatever any of
+its starts computed must be what the run computes to which nothing happens.
 """
 
 from __future__ import annotations
