@@ -304,7 +304,8 @@ def doctor(
 ) -> None:
     """Find out whether training can work here, and say what to do where it cannot (exit code 4).
 
-    Versions, GPUs, attention backends, ffmpeg, memory, disk, data, and whether ranks find each other.
+    Versions, GPUs, attention backends, ffmpeg, memory, clocks, disk, data, where checkpoints go, and whether ranks find
+    each other.
     """
     from ardist.doctor.examine import examine, require_fit
     from ardist.doctor.findings import findings_table

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from ardist.config import TrainConfig, load_config
-from ardist.doctor import network, places, software
+from ardist.doctor import clocks, network, places, software
 from ardist.doctor.findings import Finding, Level, bad
 from ardist.errors import ArdistError, ConfigError, HardwareError
 
@@ -33,11 +33,17 @@ def examine(
         software.attention_backends,
         software.ffmpeg,
         places.shared_memory,
+        clocks.this_clock,
         network.this_machine,
     ]
     if config_path is not None:
         config = load_config(TrainConfig, config_path, overrides)
-        checks += [lambda: places.run_directory(config), lambda: places.data(config)]
+        checks += [
+            lambda: places.run_directory(config),
+            lambda: places.data(config),
+            lambda: places.checkpoints(config),
+            lambda: clocks.store_clocks(config),
+        ]
         if hostfile is not None:
             path, file = str(config_path), hostfile
             checks.append(lambda: network.machines(config, path, overrides, file, shell))

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from ardist.config import TrainConfig
 from ardist.config.launch import LaunchConfig
+from ardist.doctor.clocks import SKEW_SECONDS
 from ardist.doctor.findings import Finding, bad, good, weak
 from ardist.errors import ArdistError, HardwareError
 from ardist.launch.cluster import Cluster, Order
@@ -19,7 +20,6 @@ from ardist.launch.remote import RemoteNode
 
 MODULE = "ardist.doctor.meet"
 SECONDS = 120.0
-SKEW_SECONDS = 5.0
 
 
 def this_machine() -> Iterator[Finding]:

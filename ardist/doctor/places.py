@@ -16,6 +16,7 @@ from ardist.errors import ArdistError
 from ardist.launch.local import count_gpus
 from ardist.plan.plan import count_parameters
 from ardist.training.dataset import paths
+from ardist.training.object_store import open_store
 
 _GIB = 2**30
 _PROBE = 16 * 2**20
@@ -79,6 +80,25 @@ def data(config: TrainConfig) -> Iterator[Finding]:
             continue
         seconds = time.perf_counter() - began
         yield good(subject, f"{manifest.num_samples:,} {manifest.kind} of {manifest.shape}, read in {seconds:.2f} s")
+
+
+def checkpoints(config: TrainConfig) -> Iterator[Finding]:
+    """The object store for checkpoints can be listed and written, and tells two writers apart; nothing is left there."""
+    if config.checkpoint.url is None:
+        return
+    subject = f"checkpoints {config.checkpoint.url}"
+    yield _credentials()
+    began = time.perf_counter()
+    try:
+        store = open_store(config.checkpoint, Path(config.run_dir).expanduser() / "checkpoints")
+        steps = store.steps()
+        store.check()
+    except (ArdistError, OSError) as error:
+        advice = "check the bucket, the endpoint (AWS_ENDPOINT_URL), and the rights to list, read, write and delete"
+        yield bad(subject, str(error), advice)
+        return
+    there = f"the newest of {len(steps)} is of step {steps[0]}" if steps else "none there yet"
+    yield good(subject, f"can be written, {there}, {time.perf_counter() - began:.2f} s")
 
 
 def _credentials() -> Finding:

@@ -8,13 +8,14 @@ from collections.abc import Callable, Sequence
 
 from ardist import log
 from ardist.config import TrainConfig, batch_layout, load_config
-from ardist.errors import ArdistError, ConfigError, HardwareError, InvalidValueError
+from ardist.errors import ArdistError, ConfigError, InvalidValueError
 from ardist.launch.cluster import Cluster, Order, run_directory, start_alone
 from ardist.launch.engines import ENGINES, MODULE, Host, Placement
 from ardist.launch.hosts import is_here, read_hostfile
 from ardist.launch.local import count_gpus
 from ardist.launch.nodes import Node
 from ardist.launch.pdsh import PdshCluster
+from ardist.launch.requeue import may_requeue
 from ardist.launch.supervisor import Supervisor
 
 DEFAULT_PORT = 29500
@@ -29,7 +30,10 @@ def parser() -> argparse.ArgumentParser:
         "machine was lost, and restarts did not help), 75 stopped and saved: run again. How long a hang may last and "
         "how often is started again is set by launch.* in the configuration. With a hostfile each restart takes the "
         "machines that answer: a job goes on without one that is lost, and one that is back takes part from the next "
-        "restart on, not before; to have it at once, stop the job with SIGTERM and run the same command.",
+        "restart on, not before; to have it at once, stop the job with SIGTERM and run the same command. Send signals "
+        "to this program alone: DeepSpeed's launcher, when it gets a SIGTERM of its own, kills its ranks half a minute "
+        "later, saved or not (a scheduler that signals every process may do that; --launcher torchrun gives the same "
+        "half a minute, --launcher plain has nothing in between).",
     )
     words.add_argument("--ranks", type=int, help="processes on this machine; default: every GPU, or 1 on a CPU")
     words.add_argument("--launcher", choices=ENGINES, default=ENGINES[0], help="what starts the ranks of a machine")
@@ -43,9 +47,11 @@ def parser() -> argparse.ArgumentParser:
     words.add_argument("--master-addr", help="address of the first machine, as the others see it")
     words.add_argument("--master-port", type=int, help="port on it; default: a free one, 29500 with --no-ssh")
     words.add_argument(
-        "--has-checkpoint",
+        "--may-requeue",
         action="store_true",
-        help="start nothing; exit code 0: the run has one to go on from, 1: none",
+        help="start nothing; exit code 0: a job that failed at its time limit may be put back into a queue, which is "
+        "noted in the run directory, 1: there is no checkpoint to go on from, or launch.max_restarts such jobs in a "
+        "row made none",
     )
     words.add_argument("--debug", action="store_true", help="tracebacks and debug messages")
     words.add_argument("config", help="a YAML file such as configs/quickstart/denoiser.yaml")
@@ -71,22 +77,12 @@ def run(options: argparse.Namespace, module: str = MODULE) -> int:
     if options.master_port is not None and not 1 <= options.master_port <= 65535:
         raise InvalidValueError(f"--master-port {options.master_port} is out of range; legal: 1 to 65535")
     config = load_config(TrainConfig, options.config, options.overrides)
-    if options.has_checkpoint:
-        return 0 if _has_checkpoint(config) else 1
+    if options.may_requeue:
+        return 0 if may_requeue(config) else 1
     order = Order(config, options.config, tuple(options.overrides), options.launcher, module, options.debug)
     starter = _starter(options, order)
     first = not options.no_ssh or options.node_rank == 0
     return Supervisor(config.launch, run_directory(config), starter, keeps_book=first).run()
-
-
-def _has_checkpoint(config: TrainConfig) -> bool:
-    # Only now: it takes seconds.
-    from ardist.training.object_store import open_store
-
-    try:
-        return bool(open_store(config.checkpoint, run_directory(config) / "checkpoints").steps())
-    except OSError as error:
-        raise HardwareError(f"the checkpoints of {config.run_dir} cannot be listed: {error}") from error
 
 
 def _starter(options: argparse.Namespace, order: Order) -> Callable[[int, str], Sequence[Node]]:

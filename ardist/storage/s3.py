@@ -8,6 +8,7 @@ import time
 from base64 import b64encode
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -150,6 +151,13 @@ class S3Storage(Storage):
                 )
         finally:
             self.delete(name)
+
+    def server_time(self) -> float | None:
+        """The time of day by the server's clock, to a second, as its answer to a listing tells; None: it tells none."""
+        arguments = {"Bucket": self._bucket, "Prefix": self._prefix, "MaxKeys": 1}
+        answer = self._run("list", "", lambda client: _whole(client.list_objects_v2(**arguments), "Name"))
+        told = answer["ResponseMetadata"].get("HTTPHeaders", {}).get("date")
+        return None if told is None else parsedate_to_datetime(told).timestamp()
 
     def abort_uploads(self, older_than: float) -> int:
         """Abort multipart uploads below the prefix that began more than `older_than` seconds ago; how many."""

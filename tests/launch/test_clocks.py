@@ -1,4 +1,4 @@
-"""Clocks that are an hour wrong and jump back in the middle of a run: nothing that matters asks what time of day it is."""
+"""Clocks that are an hour wrong and jump back in the middle of a run: nothing that matters asks for the time of day."""
 
 from __future__ import annotations
 

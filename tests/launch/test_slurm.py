@@ -11,7 +11,10 @@ from pathlib import Path
 
 import pytest
 import yaml
-from tiny import settings
+from tiny import settings, tiny_config
+
+from ardist.errors import HardwareError
+from ardist.launch import requeue
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
@@ -142,13 +145,15 @@ def test_a_cancelled_job_saves_and_is_not_requeued(slurm: Path, later: float) ->
     assert int((slurm / "the run" / "saved").read_text()) >= 5
 
 
-@pytest.mark.parametrize("checkpoint", [True, False])
-def test_a_failure_at_the_time_limit_is_requeued_with_a_checkpoint_only(
-    slurm: Path, monkeypatch: pytest.MonkeyPatch, checkpoint: bool
+@pytest.mark.parametrize(("checkpoint", "before"), [(True, 1), (True, 10), (False, 0)])
+def test_a_failure_at_the_time_limit_is_requeued_with_a_checkpoint_only_and_not_for_ever(
+    slurm: Path, monkeypatch: pytest.MonkeyPatch, checkpoint: bool, before: int
 ) -> None:
     monkeypatch.setenv("BREAK", "1")
     if checkpoint:
         (slurm / "the run" / "checkpoints" / "step-00000005").mkdir(parents=True)
+        (slurm / "the run" / requeue.FILE).write_text(before * '{"step": 5, "time": 0.0}\n')
+    checkpoint = checkpoint and before < 10  # launch.max_restarts
     done = submit(slurm, "5", 60)
     first, *later = (slurm / "queue" / "codes").read_text().split()
     assert first == "4"
@@ -156,6 +161,19 @@ def test_a_failure_at_the_time_limit_is_requeued_with_a_checkpoint_only(
     assert later in ([["0"], ["75", "0"]] if checkpoint else [[]])
     assert done.returncode == (0 if checkpoint else 4), done.stderr
     assert ("not saved, but there is an earlier checkpoint" in done.stdout) == checkpoint
+
+
+def test_failed_jobs_without_a_new_checkpoint_are_counted(tmp_path: Path) -> None:
+    config = tiny_config(tmp_path, tmp_path, launch={"max_restarts": 2})
+    assert not requeue.may_requeue(config), "there is nothing to go on from"
+    (tmp_path / "checkpoints" / "step-00000005").mkdir(parents=True)
+    assert [requeue.may_requeue(config) for _ in range(3)] == [True, True, False]
+    (tmp_path / "checkpoints" / "step-00000009").mkdir()
+    assert [requeue.may_requeue(config) for _ in range(3)] == [True, True, False]
+    (tmp_path / requeue.FILE).unlink()
+    (tmp_path / requeue.FILE).mkdir()
+    with pytest.raises(HardwareError, match="cannot be seen or noted"):
+        requeue.may_requeue(config)
 
 
 def test_without_arguments_it_says_how(slurm: Path) -> None:
