@@ -275,7 +275,7 @@ def plan(
     config: Annotated[Path, typer.Argument(help="A YAML file such as configs/quickstart/denoiser.yaml.")],
     overrides: Annotated[list[str] | None, typer.Argument(help="Settings over the file's.")] = None,
     gpus: Annotated[int, typer.Option(help="Number of GPUs, one rank on each.", min=1)] = 1,
-    device: Annotated[str, typer.Option(help="Kind of GPU: h200, h100, a100, l40s, rtx-4090 …")] = "h200",
+    device: Annotated[str, typer.Option(help="Kind of GPU: h200, h100, a100, l40s, rtx-4090 …; or cpu.")] = "h200",
     mfu: Annotated[float, typer.Option(help="Expected share of the peak FLOP/s.")] = 0.4,
     frames: Annotated[
         int | None, typer.Option(help="Frames of a clip. Without it: as the dataset says.", min=1)

@@ -83,7 +83,7 @@ def data(config: TrainConfig) -> Iterator[Finding]:
 
 
 def checkpoints(config: TrainConfig) -> Iterator[Finding]:
-    """The object store for checkpoints can be listed and written, and tells two writers apart; nothing is left there."""
+    """The object store for checkpoints can be listed and written, and tells two writers apart; nothing stays there."""
     if config.checkpoint.url is None:
         return
     subject = f"checkpoints {config.checkpoint.url}"

@@ -12,9 +12,13 @@ MEMORY_GB: dict[str, float] = {
 }  # fmt: skip
 
 
+CPU = "CPU"
+"""Processes of this machine, whose peak rate nobody knows."""
+
+
 def find_device(name: str) -> str:
     """The table's name of a device, however it is written; `InvalidValueError` lists the known ones."""
-    known = {_plain(one): one for one in PEAK_TFLOPS}
+    known = {_plain(one): one for one in (*PEAK_TFLOPS, CPU)}
     return known[choose("device", _plain(name), known)]
 
 

@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
+import psutil
 import torch
 
-from ardist.config import TrainConfig, batch_layout
-from ardist.data.manifest import Manifest, load_manifest
-from ardist.errors import ArdistError, ConfigError, InvalidValueError
+from ardist.config import TrainConfig
+from ardist.errors import InvalidValueError
 from ardist.models.ar_vae import ARVAE
-from ardist.models.ar_vae.flops import ar_vae_flops
 from ardist.models.denoiser import Denoiser
-from ardist.models.flops import denoiser_flops
 from ardist.plan.activations import activation_bytes
-from ardist.plan.devices import MEMORY_GB, find_device
+from ardist.plan.autoencoder import autoencoder_bytes
+from ardist.plan.devices import CPU, MEMORY_GB, find_device
+from ardist.plan.kinds import Kind, kinds_of
 from ardist.plan.memory import Memory, memory_per_rank
-from ardist.training.dataset import paths
 from ardist.training.throughput import peak_flops
 
 STAGES = (0, 1, 2, 3)
@@ -51,21 +50,19 @@ class Plan:
     flops_per_clip: float
     micro_batch_size: int
     accumulation: int
+    kinds: tuple[Kind, ...]
+    """What the steps are of; the numbers of a clip and of a micro-batch above are those of the first, the longest."""
     memory: dict[tuple[int, str], Memory]
     device_bytes: float
     checkpoint_bytes: int
     samples: int | None
     sample_bytes: int
     total_clips: int
+    total_tokens: int
     mfu: float
     speed: Speed | None
     chosen: tuple[int, str]
     notes: tuple[str, ...]
-
-    @property
-    def total_tokens(self) -> int:
-        """Tokens of all clips of the run."""
-        return self.total_clips * self.tokens_per_clip
 
     def fits(self, memory: Memory) -> bool:
         """True when a rank's memory fits on the device."""
@@ -79,7 +76,7 @@ def make_plan(
 
     Args:
         gpus: number of ranks; must divide the global batch.
-        device: a device of the table of peaks, such as ``h200``.
+        device: a device of the table of peaks, such as ``h200``; ``cpu``: processes of this machine.
         mfu: expected model FLOP/s utilisation, in (0, 1].
         num_frames: frames of a clip; None: as the dataset's manifest says.
 
@@ -90,49 +87,38 @@ def make_plan(
     if not 0 < mfu <= 1:
         raise InvalidValueError(f"mfu={mfu} is out of range; legal: above 0, up to 1")
     name = find_device(device)
-    try:
-        micro, accumulation = batch_layout(config.training, gpus)
-    except ValueError as error:
-        raise ConfigError(f"training.{error}") from None
-    manifest, notes = _manifest(config, num_frames)
-    frames = num_frames if num_frames is not None else manifest.shape[0] if manifest is not None else 1
-    parameters = count_parameters(config)
-    memory = {
-        (stage, mode): memory_per_rank(config, parameters, gpus, activations, stage=stage)
-        for mode, activations in _activations(config, frames, micro).items()
-        for stage in STAGES
-    }
-    tokens, flops, sample_bytes = _clip(config, frames, manifest)
+    kinds, notes = kinds_of(config, gpus, num_frames)
+    longest = kinds[0]
+    parameters, training = count_parameters(config), config.training
+    checkpointing = training.activation_checkpointing
     if config.task == "ar_vae":
-        notes.append("the activations of an AR-VAE are not counted: its memory is the state's alone")
         notes.append("the FLOPs are those of the AR-VAE, without its losses and its discriminator")
-    training = config.training
-    clips = training.steps * training.global_batch_size
-    peak = peak_flops(name, training.precision)
-    speed = None
-    if peak is not None:
-        rate = mfu * peak * gpus / flops
-        speed = Speed(rate, rate * tokens, training.global_batch_size / rate, clips / rate / 86400, rate * sample_bytes)
+        checkpointing = "none" if checkpointing == "none" else "full"
+    if name == CPU:
+        notes.append("memory is what a rank needs beyond its bare process, of which there are as many as ranks")
     return Plan(
         task=config.task,
         gpus=gpus,
         device=name,
         precision=training.precision,
         parameters=parameters,
-        num_frames=frames,
-        tokens_per_clip=tokens,
-        flops_per_clip=flops,
-        micro_batch_size=micro,
-        accumulation=accumulation,
-        memory=memory,
-        device_bytes=MEMORY_GB[name] * 1e9,
-        checkpoint_bytes=parameters * 4 * (3 + len(training.ema_decays)),
-        samples=None if manifest is None else manifest.num_samples,
-        sample_bytes=sample_bytes,
-        total_clips=clips,
+        num_frames=longest.frames,
+        tokens_per_clip=longest.tokens,
+        flops_per_clip=longest.flops,
+        micro_batch_size=longest.micro_batch,
+        accumulation=longest.global_batch // gpus // longest.micro_batch,
+        kinds=tuple(kinds),
+        memory=_memory(config, gpus, kinds, name),
+        device_bytes=_device_bytes(name),
+        checkpoint_bytes=count_trained(config) * 4 * (3 + len(training.ema_decays))
+        + 4 * (parameters - count_trained(config)),
+        samples=None if longest.samples is None else sum(kind.samples or 0 for kind in kinds),
+        sample_bytes=longest.sample_bytes,
+        total_clips=round(training.steps * _per_step(kinds)),
+        total_tokens=round(training.steps * _per_step(kinds, "tokens")),
         mfu=mfu,
-        speed=speed,
-        chosen=(training.zero_stage, training.activation_checkpointing if config.task == "denoiser" else "none"),
+        speed=_speed(config, gpus, name, mfu, kinds),
+        chosen=(training.zero_stage, checkpointing),
         notes=tuple(notes),
     )
 
@@ -145,42 +131,57 @@ def count_parameters(config: TrainConfig) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def _manifest(config: TrainConfig, num_frames: int | None) -> tuple[Manifest | None, list[str]]:
-    if config.data.mixture:
-        longest = [load_manifest(path) for path in paths(config.data)] if num_frames is None else []
-        return max(longest, key=lambda one: one.shape[0], default=None), []
-    try:
-        return load_manifest(config.data.path), []
-    except ArdistError as error:
-        if num_frames is None:
-            raise ConfigError(f"{error}\nWithout the dataset the plan needs --frames, the frames of a clip") from None
-        return None, [f"the dataset is not there yet: its size is computed from the configuration ({error})"]
+def count_trained(config: TrainConfig) -> int:
+    """Parameters that the run trains; the others are frozen."""
+    if config.task == "denoiser" or config.trainable == "all":
+        return count_parameters(config)
+    assert config.ar_vae is not None
+    with torch.device("meta"):
+        model = ARVAE(config.ar_vae)
+    model.freeze_all_but_temporal()
+    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
 
 
-def _activations(config: TrainConfig, frames: int, micro: int) -> dict[str, int]:
-    if config.task != "denoiser":
-        return {"none": 0}
-    return activation_bytes(config, frames, micro)
+def _activations(config: TrainConfig, kinds: Sequence[Kind]) -> dict[str, int]:
+    """Bytes of the kind of step that needs most, by checkpointing mode."""
+    needed = [
+        activation_bytes(config, kind.frames, kind.micro_batch)
+        if config.task == "denoiser"
+        else autoencoder_bytes(config, kind.frames, kind.size, kind.micro_batch)
+        for kind in kinds
+    ]
+    return {mode: max(one[mode] for one in needed) for mode in needed[0]}
 
 
-def _clip(config: TrainConfig, frames: int, manifest: Manifest | None) -> tuple[int, float, int]:
-    """Tokens, FLOPs and stored bytes of a clip."""
-    if config.task == "denoiser":
-        assert config.denoiser is not None
-        model = config.denoiser
-        shape: tuple[int, ...] = (frames, model.tokens_per_frame, model.latent_channels)
-        tokens, flops, element = frames * model.tokens_per_frame, float(denoiser_flops(model, frames).training), 2
-    else:
-        assert config.ar_vae is not None
-        size = config.ar_vae.image_size
-        shape, element = (frames, size, size, 3), 1
-        trained = min(frames, config.augmentation.frames or frames)
-        tokens = trained * (size // config.ar_vae.patch_size) ** 2
-        choose = ARVAE.freeze_all_but_temporal if config.trainable == "temporal" else None
-        flops = ar_vae_flops(config.ar_vae, trained, (size, size), choose)
-    if manifest is not None:
-        shape, element = (frames, *manifest.shape[1:]), np.dtype(_NUMPY.get(manifest.dtype, manifest.dtype)).itemsize
-    return tokens, flops, int(np.prod(shape)) * element
+def _memory(config: TrainConfig, gpus: int, kinds: Sequence[Kind], device: str) -> dict[tuple[int, str], Memory]:
+    trained = count_trained(config)
+    frozen = (4 if config.training.precision == "fp32" else 2) * (count_parameters(config) - trained)
+    table = {}
+    for mode, activations in _activations(config, kinds).items():
+        for stage in STAGES:
+            memory = memory_per_rank(config, trained, gpus, activations, stage=stage, gloo=device == CPU)
+            table[stage, mode] = replace(memory, weights=memory.weights + frozen)
+    return table
 
 
-_NUMPY = {"bfloat16": "uint16"}
+def _speed(config: TrainConfig, gpus: int, device: str, mfu: float, kinds: Sequence[Kind]) -> Speed | None:
+    peak = None if device == CPU else peak_flops(device, config.training.precision)
+    if peak is None:
+        return None
+    seconds = _per_step(kinds, "flops") / (mfu * peak * gpus)
+    return Speed(
+        clips_per_second=_per_step(kinds) / seconds,
+        tokens_per_second=_per_step(kinds, "tokens") / seconds,
+        step_seconds=seconds,
+        days=config.training.steps * seconds / 86400,
+        read_bytes_per_second=_per_step(kinds, "sample_bytes") / seconds,
+    )
+
+
+def _per_step(kinds: Sequence[Kind], quantity: str | None = None) -> float:
+    """Mean over steps of the clips of a step, or of what they have together of `quantity`."""
+    return sum(kind.share * kind.global_batch * (1 if quantity is None else getattr(kind, quantity)) for kind in kinds)
+
+
+def _device_bytes(device: str) -> float:
+    return float(psutil.virtual_memory().total) if device == CPU else MEMORY_GB[device] * 1e9

@@ -18,11 +18,18 @@ def _overview(plan: Plan) -> Table:
     table.add_column("value", justify="right")
     table.add_column("note", style="dim")
     table.add_row("parameters", f"{plan.parameters:,}", f"checkpoint {size(plan.checkpoint_bytes)}")
-    table.add_row("tokens per clip", f"{plan.tokens_per_clip:,}", f"{plan.num_frames} frames")
+    table.add_row(
+        "tokens per clip",
+        f"{plan.tokens_per_clip:,}",
+        f"{plan.num_frames} frames" + (", the longest" if len(plan.kinds) > 1 else ""),
+    )
     flops = f"{plan.flops_per_clip / 1e12:.3g} TFLOP"
     table.add_row("FLOPs per clip", flops, "forward and backward, recomputation not counted")
-    batch = f"{plan.micro_batch_size} clips x {plan.accumulation} x {plan.gpus} ranks"
-    table.add_row("global batch", f"{plan.micro_batch_size * plan.accumulation * plan.gpus:,} clips", batch)
+    for kind in plan.kinds:
+        batch = f"{kind.micro_batch} clips x {plan.accumulation} x {plan.gpus} ranks"
+        if len(plan.kinds) > 1:
+            batch += f": {kind.share:.0%} of the steps, {kind.frames} frames each, of {kind.name}"
+        table.add_row("global batch", f"{kind.global_batch:,} clips", batch)
     epochs = "" if not plan.samples else f"{plan.total_clips / plan.samples:,.1f} epochs of {plan.samples:,} clips"
     table.add_row("the whole run", f"{plan.total_tokens:.3g} tokens", epochs)
     if plan.speed is None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from ar_vae_runs import ar_vae_config
@@ -16,9 +17,10 @@ from ardist.data.manifest import load_manifest
 from ardist.errors import ArdistError
 from ardist.models.denoiser import Denoiser
 from ardist.models.flops import denoiser_flops
+from ardist.plan import autoencoder
 from ardist.plan.activations import LiveBytes, activation_bytes, kept_bytes
 from ardist.plan.memory import memory_per_rank
-from ardist.plan.plan import count_parameters, make_plan
+from ardist.plan.plan import count_parameters, count_trained, make_plan
 from ardist.plan.tables import plan_tables, size
 from ardist.training.objectives_ar_vae import AutoencoderObjective
 
@@ -145,3 +147,91 @@ def test_tables_show_what_fits(data: Path) -> None:
     for words in ("denoiser on 2 x H200", "40% MFU", "time to finish", "data to read", "checkpointing full", "ZeRO"):
         assert words in text
     assert (size(3 * 2**30), size(200 * 2**20), size(10)) == ("3 GiB", "200 MiB", "10 B")
+
+
+def buckets(tmp_path: Path, **changes: Any) -> TrainConfig:
+    """Clips of four frames and images, with as many tokens in a batch of either."""
+    mixture = [
+        {"path": str(write_latents(tmp_path / "images", frames=1, samples=128)), "weight": 1},
+        {"path": str(write_latents(tmp_path / "clips", seed=1)), "weight": 3},
+    ]
+    values = settings(tmp_path / "run", tmp_path, **{"training__steps": 1000, **changes})
+    values["data"] |= {"path": "", "mixture": mixture, "mixture_by": "step", "tokens_per_batch": 100}
+    return TrainConfig.model_validate(values)
+
+
+def test_buckets_are_counted_each_with_its_own_batch(tmp_path: Path) -> None:
+    config = buckets(tmp_path)
+    assert config.denoiser is not None
+    plan = make_plan(config, gpus=2, mfu=0.5)
+    # 100 tokens hold 8 clips of 12 tokens, or 32 images of 3: multiples of the 4 lanes.
+    assert [(kind.frames, kind.global_batch, kind.micro_batch) for kind in plan.kinds] == [(4, 8, 2), (1, 32, 8)]
+    assert [kind.share for kind in plan.kinds] == [0.75, 0.25]
+    assert (plan.num_frames, plan.micro_batch_size, plan.accumulation) == (4, 2, 2)
+    assert plan.total_clips == 750 * 8 + 250 * 32
+    assert plan.total_tokens == 750 * 8 * 12 + 250 * 32 * 3
+    assert plan.samples == 64 + 128
+    flops = (
+        750 * 8 * denoiser_flops(config.denoiser, 4).training + 250 * 32 * denoiser_flops(config.denoiser, 1).training
+    )
+    assert plan.speed is not None
+    assert plan.speed.days * 86400 == pytest.approx(flops / (0.5 * 67e12 * 2))
+    assert plan.speed.clips_per_second == pytest.approx(plan.total_clips / (plan.speed.days * 86400))
+    # The kind of step that needs most decides: eight images are not two clips.
+    needed = [activation_bytes(config, kind.frames, kind.micro_batch) for kind in plan.kinds]
+    for mode in ("none", "full"):
+        assert plan.memory[0, mode].activations == max(one[mode] for one in needed)
+    console = Console(width=200, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    for table in plan_tables(plan):
+        console.print(table)
+    text = console.export_text()
+    assert "2 clips x 2 x 2 ranks: 75% of the steps, 4 frames each" in text
+    assert "8 clips x 2 x 2 ranks: 25% of the steps, 1 frames each" in text
+
+
+def test_buckets_that_cannot_be_are_refused_as_in_training(tmp_path: Path) -> None:
+    with pytest.raises(ArdistError, match="the global batch size is that of the longest samples: 8, not 16"):
+        make_plan(buckets(tmp_path, training__global_batch_size=16))
+
+
+@pytest.mark.parametrize("trainable", ["all", "temporal"])
+@pytest.mark.parametrize("mode", autoencoder.MODES)
+def test_the_passes_of_an_autoencoder_need_what_is_said_without_making_them(
+    tmp_path: Path, trainable: str, mode: str
+) -> None:
+    changes = {"ar_vae__temporal": True, "trainable": trainable, "init_from": str(tmp_path / "stage-1")}
+    config = ar_vae_config(tmp_path / "run", tmp_path / "pixels", **changes)
+    for clips in (2, 4):
+        planned, needed = (
+            autoencoder.peak_bytes(config, 3, (32, 32), clips, mode, device) for device in ("meta", "cpu")
+        )
+        # Kernels of a CPU keep scratch tensors of their own.
+        assert list(planned) == pytest.approx(list(needed), rel=0.1)
+
+
+def test_memory_of_an_autoencoder_by_stage_of_training(tmp_path: Path) -> None:
+    pixels = write_pixels(tmp_path / "pixels")
+    plain = make_plan(ar_vae_config(tmp_path / "run", pixels))
+    judged = plain.memory[0, "none"]
+    alone = make_plan(ar_vae_config(tmp_path / "run", pixels, ar_vae_loss={})).memory[0, "none"]
+    assert judged.activations > alone.activations, "the discriminator's passes count"
+    assert plain.memory[0, "full"].activations < judged.activations
+    assert plain.chosen in plain.memory
+    half = make_plan(ar_vae_config(tmp_path / "run", pixels, training__micro_batch_size=1)).memory[0, "none"]
+    assert judged.activations == plain.micro_batch_size * half.activations
+    # Stage 2: what is frozen is there, but has no gradients, no optimiser and no averages.
+    changes = {"ar_vae__temporal": True, "trainable": "temporal", "init_from": str(tmp_path / "stage-1")}
+    config = ar_vae_config(tmp_path / "run", pixels, **changes)
+    frozen = make_plan(config).memory[0, "none"]
+    trained = count_trained(config)
+    assert 0 < trained < count_parameters(config)
+    assert frozen.weights == 4 * count_parameters(config)
+    assert (frozen.gradients, frozen.moments) == (4 * trained, 8 * trained)
+
+
+def test_processes_of_this_machine_have_no_peak_rate(data: Path) -> None:
+    plan = make_plan(config_of(data), gpus=2, device="cpu")
+    assert plan.speed is None
+    assert plan.device_bytes == psutil.virtual_memory().total
+    assert plan.memory[1, "none"].buffers == 3 * make_plan(config_of(data), gpus=2).memory[1, "none"].buffers
+    assert any("beyond its bare process" in note for note in plan.notes)

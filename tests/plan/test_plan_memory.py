@@ -1,4 +1,5 @@
-"""The planned memory against the measured peak: `small` in fp32 on two gloo ranks, every ZeRO stage."""
+"""What `ardist plan --device cpu` says of memory against the measured peak: `small` in fp32 on two gloo ranks, every
+ZeRO stage. Both are what a rank needs beyond its bare process."""
 
 from __future__ import annotations
 
@@ -57,9 +58,7 @@ def compare(directory: Path) -> None:
     from ranks import run_ranks
     from tiny import tiny_config, write_latents
 
-    from ardist.plan.activations import activation_bytes
-    from ardist.plan.memory import memory_per_rank
-    from ardist.plan.plan import count_parameters
+    from ardist.plan.plan import make_plan
 
     data = write_latents(directory / "latents", frames=16)
     small = {"preset": "small", "tokens_per_frame": 3, "latent_channels": 4}
@@ -73,8 +72,7 @@ def compare(directory: Path) -> None:
     _, nothing = peak("nothing")
     for stage in range(4):
         config, total = peak(f"stage-{stage}", training__zero_stage=stage, denoiser=small)
-        activations = activation_bytes(config, 16, 2)["none"]
-        planned = memory_per_rank(config, count_parameters(config), 2, activations, gloo=True).total
+        planned = make_plan(config, gpus=2, device="cpu").memory[stage, "none"].total
         found = total - nothing
         print(f"stage {stage}: planned {planned / 2**20:.0f} MiB, measured {found / 2**20:.0f}, {planned / found:.3f}")
 
