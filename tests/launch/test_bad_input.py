@@ -41,7 +41,7 @@ def start(pair: Pair, directory: Path, hosts: str, *words: str, **changes: Any) 
     values = settings(directory / "run", directory, **{"launch": {"node_seconds": 4}, **changes})
     (directory / "run.yaml").write_text(yaml.safe_dump(values))
     line = [*pair.inside(0), sys.executable, str(HERE / "job_program.py"), "--hostfile", "hosts", *words, "run.yaml"]
-    environment = {**os.environ, "PATH": pair.path, "PYTHONPATH": str(HERE)}
+    environment = {**os.environ, "PATH": pair.path, "PYTHONPATH": f"{HERE}:{HERE.parents[1]}"}
     return subprocess.run(
         line, cwd=directory, env=environment, capture_output=True, text=True, timeout=120, check=False
     )
