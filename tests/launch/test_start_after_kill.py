@@ -31,14 +31,9 @@ def test_the_same_command_goes_on_after_kill_9_of_everything(tmp_path: Path) -> 
     values = settings(run_dir, data, training__steps=9, checkpoint__every=3)
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(values))
     words = [str(SCRIPT), "--ranks", "2", "--master-port", str(free_port()), str(tmp_path / "run.yaml")]
-    for step in (
-        4,
-        7,
-    ):  # in between two checkpoints; the first start waits in step 5, the next one, from step 3 on, in 8
-        environment = os.environ | {
-            "TMPDIR": str(scratch),
-            "ARDIST_FAULT": f"wait@trainer.batch#5:{tmp_path / 'never'}",
-        }
+    waiting = f"wait@trainer.batch#5:{tmp_path / 'never'}"  # the first start in step 5; the next one, from 3 on, in 8
+    for step in (4, 7):  # in between two checkpoints
+        environment = os.environ | {"TMPDIR": str(scratch), "ARDIST_FAULT": waiting}
         with subprocess.Popen(words, env=environment) as job:
             end = time.monotonic() + 200
             while not reached(run_dir, step):
