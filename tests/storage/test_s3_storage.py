@@ -240,10 +240,11 @@ def test_a_broken_body_is_resumed_where_it_broke(fault_proxy: FaultProxy, storag
 def test_a_stalled_body_is_resumed(
     fault_proxy: FaultProxy, storage: S3Storage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(s3_client, "READ_SECONDS", 0.5)
+    monkeypatch.setattr(s3_client, "READ_SECONDS", 4)
     storage.put("a", b"0123456789")
-    fault_proxy.script = [("GET", "stall/2")]
+    fault_proxy.script = [("GET", "stall/250")]
     assert storage.read("a") == b"0123456789"
+    fault_proxy.release.set()
     assert events.snapshot() == {"storage.retry": 1}
 
 
