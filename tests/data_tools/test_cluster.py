@@ -64,10 +64,14 @@ def ray() -> Iterator[Any]:
     ray.shutdown()
 
 
+def _workers(out: Path) -> set[str]:
+    """Those that committed."""
+    return {json.loads(path.read_text())["worker"] for path in (out / "commits").glob("*.json")}
+
+
 def _authors(out: Path) -> set[str]:
     """Kinds of the workers that committed, without their numbers."""
-    names = [json.loads(path.read_text())["worker"] for path in (out / "commits").glob("*.json")]
-    return {name.partition("@")[0].rstrip("0123456789") if "@" in name else "plain" for name in names}
+    return {name.partition("@")[0].rstrip("0123456789") if "@" in name else "plain" for name in _workers(out)}
 
 
 def _task(videos: Path, out: Path, *words: str, **environment: str) -> subprocess.Popen[bytes]:
@@ -99,8 +103,14 @@ def test_a_workers_name_tells_its_place(monkeypatch: pytest.MonkeyPatch) -> None
 
 def test_slurm_tasks_and_torchrun_ranks_share_a_plan(videos: Path, alone: str, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    tasks = [_task(videos, out, SLURM_ARRAY_TASK_ID=str(n), SLURM_LOCALID="0") for n in range(2)]
-    tasks.append(_task(videos, out, RANK="0", LOCAL_RANK="0"))
+    gate = tmp_path / "gate"  # nobody makes a second shard before all have made their first
+    planned = {"ARDIST_FAULT": f"wait@build.shard_started#2:{gate}"}
+    tasks = [_task(videos, out, SLURM_ARRAY_TASK_ID=str(n), SLURM_LOCALID="0", **planned) for n in range(2)]
+    tasks.append(_task(videos, out, RANK="0", LOCAL_RANK="0", **planned))
+    while len(_workers(out)) < 3:
+        assert [task.poll() for task in tasks] == [None] * 3
+        time.sleep(0.05)
+    gate.touch()
     assert [task.wait(240) for task in tasks] == [0, 0, 0]
     assert load_manifest(out).digest() == alone
     assert _authors(out) == {"slurm", "rank"}

@@ -156,7 +156,7 @@ def originals(tmp_path_factory: pytest.TempPathFactory) -> list[bytes]:
 @pytest.fixture(scope="module")
 def child() -> ProbeChild:
     """One probe child for all cases: it must survive, or be replaced."""
-    return ProbeChild(timeout=10.0)
+    return ProbeChild(timeout=100.0)
 
 
 def _mutilate(data: bytes, cut: float, flips: list[tuple[float, int]]) -> bytes:
@@ -202,7 +202,7 @@ def test_five_hundred_random_wounds(originals: list[bytes], tmp_path: Path) -> N
     wound()
     assert next(numbers) == 500
     assert len({path.read_bytes() for path in (tmp_path / "v").iterdir()}) > 400
-    summary = build_small(tmp_path / "v", tmp_path / "out", probe_timeout=20.0, samples_per_shard=256)
+    summary = build_small(tmp_path / "v", tmp_path / "out", probe_timeout=100.0, samples_per_shard=256)
     assert summary.videos == 500
     fates = {str(info["source"]) for _, info in samples(tmp_path / "out").values()}
     fates |= {str(record["source"]) for record in quarantine(tmp_path / "out")}
