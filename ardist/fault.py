@@ -1,7 +1,8 @@
 """Fault injection for the test suite: named points that do nothing unless ``ARDIST_FAULT`` is set.
 
 ``ARDIST_FAULT="kind@point[:arg][;…]"`` with kinds ``kill`` (SIGKILL to this process), ``stop`` (SIGSTOP),
-``raise`` (OSError with errno `arg`, default EIO), ``exit`` (``os._exit(arg)``) and ``sleep`` (`arg` seconds).
+``raise`` (OSError with errno `arg`, default EIO), ``exit`` (``os._exit(arg)``), ``sleep`` (`arg` seconds) and
+``wait`` (until the file `arg` exists: what must come first comes first on any machine, however slow it is).
 A point is named by the code that owns it, such as ``checkpoint.after_part``; append ``#n`` to fire at the n-th
 visit only (1-based) and ``/r`` to fire on rank r only: ``kill@checkpoint.after_part/1#2``.
 """
@@ -17,7 +18,7 @@ from collections import Counter
 from dataclasses import dataclass
 
 VARIABLE = "ARDIST_FAULT"
-KINDS = ("kill", "stop", "raise", "exit", "sleep", "value")
+KINDS = ("kill", "stop", "raise", "exit", "sleep", "wait", "value")
 
 _SYNTAX = re.compile(
     r"(?P<kind>[a-z]+)@(?P<point>[a-z0-9_.]+)(?:/(?P<rank>\d+))?(?:#(?P<visit>\d+))?(?::(?P<argument>.+))?$"
@@ -44,7 +45,8 @@ def parse(text: str) -> list[Fault]:
         if match is None or match["kind"] not in KINDS or not _fits(match["kind"], match["argument"]):
             raise ValueError(
                 f"{VARIABLE}: cannot read {part!r}; expected kind@point[/rank][#visit][:argument] with kind in "
-                f"{KINDS}, a number as argument of raise, exit and sleep, any text as that of value"
+                f"{KINDS}, a number as argument of raise, exit and sleep, a file as that of wait, any text as that of "
+                "value"
             )
         number = {name: int(match[name]) if match[name] else None for name in ("rank", "visit")}
         faults.append(Fault(match["kind"], match["point"], number["rank"], number["visit"], match["argument"]))
@@ -52,6 +54,8 @@ def parse(text: str) -> list[Fault]:
 
 
 def _fits(kind: str, argument: str | None) -> bool:
+    if kind == "wait":
+        return argument is not None
     if argument is None or kind not in ("raise", "exit", "sleep"):
         return True
     return re.fullmatch(r"\d+" if kind != "sleep" else r"\d+(\.\d*)?|\.\d+", argument) is not None
@@ -83,6 +87,9 @@ def _strike(fault: Fault) -> None:
         os._exit(int(fault.argument or "1"))
     elif fault.kind == "sleep":
         time.sleep(float(fault.argument or "1"))
+    elif fault.kind == "wait":
+        while not os.path.exists(str(fault.argument)):
+            time.sleep(0.01)
     else:
         code = int(fault.argument or errno.EIO)
         raise OSError(code, os.strerror(code), f"injected at {fault.point}")

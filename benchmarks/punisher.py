@@ -88,12 +88,14 @@ class Outcome:
 class Punisher:
     """One run, one source of chance."""
 
-    def __init__(self, directory: Path, *, seconds: float, every: float, seed: int) -> None:
+    def __init__(self, directory: Path, *, seconds: float, every: float, seed: int, least: int = 0) -> None:
+        """Faults strike for so many seconds, and on until there were `least` on a machine that is slow."""
         self.directory = directory
         self.scratch = directory / "scratch"
         self.scratch.mkdir(parents=True)
         self.every = every
         self.end = seconds
+        self.least = least
         self.chance = random.Random(seed)
         self.data = write_latents(directory / "latents")
         self.steps = max(60, int(1.6 * seconds))
@@ -104,7 +106,7 @@ class Punisher:
             "checkpoint__every": CHECKPOINT_EVERY,
             "debug__replica_check_every": CHECKPOINT_EVERY // 2,
             "training__max_skipped_in_row": 2,
-            "launch": {"restart_pause_seconds": 0.1, "heartbeat_seconds": 8, "step_seconds": 15, "data_seconds": 15},
+            "launch": {"restart_pause_seconds": 0.1, "heartbeat_seconds": 12, "step_seconds": 40, "data_seconds": 40},
         }
         self.outcome = Outcome()
         self.run_dir = directory / "job" / "run"
@@ -156,7 +158,8 @@ class Punisher:
                 if code not in (Preempted.exit_code, LAUNCHER_KILLED):
                     raise RuntimeError(f"the launcher ended with exit code {code}")
                 self._start()
-            if strike < time.monotonic() < began + self.end and self._strike():
+            goes_on = time.monotonic() < began + self.end or len(self.outcome.strikes) < self.least
+            if goes_on and strike < time.monotonic() and self._strike():
                 strike = time.monotonic() + self.every * self.chance.uniform(0.7, 1.3)
             time.sleep(0.05)
 

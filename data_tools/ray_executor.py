@@ -80,16 +80,16 @@ class RayPool:
 
     def run(self, storage: Storage, plan: Plan) -> None:
         """Return when all shards are committed; raises what a worker raised, `HardwareError` when they keep dying."""
+        self._warn_of_small_machines()
         try:
             for number in range(min(self._count, len(missing_commits(storage, plan)))):
                 self._start(number)
             while self._work:
-                ready, _ = self._ray.wait([*self._work, *self._news], num_returns=1, timeout=NEWS_SECONDS)
-                for reference in ready:
-                    if reference in self._news:
-                        self._hear(reference)
-                    else:
-                        self._ended(reference)
+                # Waited for by themselves: of several that are ready Ray may name the news for ever and the end never.
+                for reference in self._ready(self._work, NEWS_SECONDS):
+                    self._ended(reference)
+                for reference in self._ready(self._news, 0):
+                    self._hear(reference)
         finally:
             for _, actor in self._work.values():
                 self._ray.kill(actor)
@@ -102,25 +102,43 @@ class RayPool:
         self._work[actor.work.remote()] = (number, actor)
         self._news[actor.news.remote()] = actor
 
+    def _warn_of_small_machines(self) -> None:
+        """Say so when Ray has no machine for an actor: then it waits until one joins."""
+        wanted = self._task.settings.decoders
+        largest = max((node["Resources"].get("CPU", 0) for node in self._ray.nodes() if node["Alive"]), default=0)
+        if wanted > largest:
+            events.count("build.ray_waits", wanted=f"--decoders {wanted}", largest=f"a machine with {largest:g} CPUs")
+
     def _gpus(self) -> int:
         """One GPU for an actor that encodes latents, where the cluster has any."""
         encoder = self._task.encoder
         wanted = encoder.name != "pixels" and encoder.device in ("auto", "cuda")
         return int(wanted and self._ray.cluster_resources().get("GPU", 0) > 0)
 
+    def _ready(self, references: dict[Any, Any], seconds: float) -> list[Any]:
+        """Those that are ready now, or all of them as soon as they are; waits no longer than `seconds`."""
+        waiting = list(references)
+        ready: list[Any] = self._ray.wait(waiting, num_returns=len(waiting), timeout=seconds)[0] if waiting else []
+        return ready
+
     def _hear(self, reference: Any) -> None:
         actor = self._news.pop(reference)
+        self._pass_on(reference)
+        if any(actor is other for _, other in self._work.values()):
+            self._news[actor.news.remote()] = actor
+
+    def _pass_on(self, reference: Any) -> None:
         try:
             for kind, shard, counts in self._ray.get(reference):
                 (self._progress.committed if kind == "committed" else self._progress.advanced)(shard, counts)
         except self._ray.exceptions.RayActorError:
             return  # its end is heard of through its work
-        if any(actor is other for _, other in self._work.values()):
-            threading.Event().wait(NEWS_SECONDS / 4)
-            self._news[actor.news.remote()] = actor
 
     def _ended(self, reference: Any) -> None:
         number, actor = self._work.pop(reference)
+        unheard = [news for news, other in self._news.items() if other is actor]
+        for news in unheard:
+            del self._news[news]
         try:
             code, message, counted = self._ray.get(reference)
         except self._ray.exceptions.RayError as error:
@@ -134,9 +152,8 @@ class RayPool:
                 ) from None
             self._start(number)
             return
-        self._news = {news: other for news, other in self._news.items() if other is not actor}
-        for kind, shard, counts in self._ray.get(actor.news.remote()):
-            (self._progress.committed if kind == "committed" else self._progress.advanced)(shard, counts)
+        for news in (*unheard, actor.news.remote()):
+            self._pass_on(news)
         self._ray.kill(actor)
         for name, count in counted.items():
             events.count(name, count, level=10, worker=f"ray{number}")

@@ -40,8 +40,9 @@ class Timeline:
 def measure(times: Sequence[int | None], time_base: Fraction, claimed: Sequence[Fraction | None]) -> Timeline:
     """The timeline of packets with these presentation times (any order, None: unknown).
 
-    `claimed` are frame rates that the container states, best first; they are believed only where they agree with
-    the times within 2%. Raises `Refusal` when there is nothing to go by.
+    The rate is that of the frames which follow one another evenly, where most do: a pause or lost packets do not move
+    the others off their grid. `claimed` are frame rates that the container states, best first; they are believed only
+    where they agree with the times within 2%. Raises `Refusal` when there is nothing to go by.
     """
     count = len(times)
     if count == 0:
@@ -57,10 +58,18 @@ def measure(times: Sequence[int | None], time_base: Fraction, claimed: Sequence[
     mean = (len(known) - 1) / (last - start)
     if mean > MAX_RATE * 2 or mean < Fraction(1, 3600):
         raise Refusal(Reason.TIMESTAMPS, f"{count} frames over {float(last - start):.6g} s is no frame rate")
-    believed = [rate for rate in plausible if abs(rate / mean - 1) < Fraction(2, 100)]
-    rate = believed[0] if believed else _nearest_usual(mean)
-    gap = max(after - before for before, after in itertools.pairwise(known)) * time_base
-    return Timeline(rate, start, last, count, gap)
+    gaps = [after - before for before, after in itertools.pairwise(known)]
+    measured = _even_rate(gaps, time_base) or mean
+    believed = [rate for rate in plausible if abs(rate / measured - 1) < Fraction(2, 100)]
+    rate = believed[0] if believed else _nearest_usual(measured)
+    return Timeline(rate, start, last, count, max(gaps) * time_base)
+
+
+def _even_rate(gaps: Sequence[int], time_base: Fraction) -> Fraction | None:
+    """Frames per second of the frames that follow one another evenly, or None where fewer than three in four do."""
+    typical = sorted(gaps)[len(gaps) // 2]
+    even = [gap for gap in gaps if abs(gap - typical) <= max(1, typical // 50)]
+    return len(even) / (sum(even) * time_base) if len(even) * 4 >= len(gaps) * 3 else None
 
 
 def _by_index(count: int, plausible: Sequence[Fraction]) -> Timeline:

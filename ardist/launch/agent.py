@@ -27,7 +27,7 @@ from ardist.config import TrainConfig, load_config
 from ardist.config.launch import LaunchConfig
 from ardist.errors import ArdistError, HardwareError
 from ardist.launch.engines import launches
-from ardist.launch.local import check_port, count_gpus, free_port, rank_environment
+from ardist.launch.local import check_port, count_gpus, hold_port, rank_environment
 from ardist.launch.nodes import LocalNode
 from ardist.launch.wire import decode, line, pack_state, unpack_placement
 
@@ -44,6 +44,7 @@ class Agent:
         self._outbox: queue.Queue[dict[str, Any]] = queue.Queue(maxsize=20)
         self._heard = time.monotonic()
         self._signalled = False
+        self._holder: socket.socket | None = None
         self._out = os.dup(sys.stdout.fileno())
         # Ranks and libraries may print; the pipe is for messages only.
         os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
@@ -126,10 +127,12 @@ class Agent:
                 check_port(message["port"])
             except HardwareError as error:
                 busy = str(error)
+        self._holder = hold_port(0)  # for as long as we are there: the ranks may meet on it
         self._say(
             {
                 "hello": socket.gethostname(), "code": code_digest(), "config": digest, "problem": problem,
-                "busy": busy, "gpus": count_gpus(), "free_port": free_port(), "time": time.time(),
+                "busy": busy, "gpus": count_gpus(), "free_port": self._holder.getsockname()[1],
+                "time": time.time(),
             }
         )  # fmt: skip
 

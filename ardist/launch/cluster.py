@@ -15,7 +15,7 @@ from ardist.errors import ArdistError, ConfigError, HardwareError
 from ardist.events import events
 from ardist.launch.engines import MODULE, Host, Placement, launches
 from ardist.launch.hosts import fitting, is_here
-from ardist.launch.local import check_port, count_gpus, free_port, rank_environment
+from ardist.launch.local import count_gpus, free_port, hold_port, rank_environment
 from ardist.launch.nodes import LocalNode, Node
 from ardist.launch.remote import RemoteNode
 from ardist.launch.together import together
@@ -47,9 +47,9 @@ class Order:
 
 def start_here(order: Order, placement: Placement, job: str, attempt: int, *, address: str | None = None) -> LocalNode:
     """Start this machine's ranks."""
-    if placement.node == 0:
-        check_port(placement.master_port)
+    holder = hold_port(placement.master_port) if placement.node == 0 else None
     node = LocalNode(placement.hosts[placement.node].name, order.config.launch, order.module)
+    node.holder = holder
     node.ranks = node.watched = placement.local_size
     environment = rank_environment(placement.local_size, address) | {JOB_VARIABLE: f"{job}:{attempt}"}
     node.start(launches(order.engine, placement, order.program, node.scratch, debug=order.debug), environment)

@@ -36,19 +36,29 @@ def rank_environment(ranks: int, address: str | None = None) -> dict[str, str]:
 
 def free_port() -> int:
     """A TCP port of this machine that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("", 0))
-        return int(probe.getsockname()[1])
+    with hold_port(0) as holder:
+        return int(holder.getsockname()[1])
 
 
 def check_port(port: int) -> None:
     """Raise `HardwareError` when somebody listens on a port of this machine."""
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind(("", port))
-        except OSError as error:
-            raise HardwareError(
-                f"port {port} of this machine cannot be used: {error.strerror}; choose another with --master-port, or "
-                "leave it out"
-            ) from None
+    hold_port(port).close()
+
+
+def hold_port(port: int) -> socket.socket:
+    """Bind a port, so that nobody is given it as a free one while the ranks start, who may listen there meanwhile.
+
+    Raises `HardwareError` when somebody listens on it.
+    """
+    holder = socket.socket()
+    # With it the ranks' store, which sets it too, can bind the port as well; who asks for any port never gets this one.
+    holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        holder.bind(("", port))
+    except OSError as error:
+        holder.close()
+        raise HardwareError(
+            f"port {port} of this machine cannot be used: {error.strerror}; choose another with --master-port, or "
+            "leave it out"
+        ) from None
+    return holder

@@ -9,6 +9,7 @@ import os
 import secrets
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -81,6 +82,8 @@ class LocalNode:
         self._guard: subprocess.Popen[bytes] | None = None
         self._pipe: int | None = None
         self._failure: Failure | None = None
+        self.holder: socket.socket | None = None
+        """What keeps the port where the ranks meet from being given to others; closed with the ranks."""
 
     @property
     def variables(self) -> dict[str, str]:
@@ -194,10 +197,12 @@ class LocalNode:
             processes.send([beat.pid], dump_signal())
             processes.send([beat.pid], signal.SIGCONT)
         end = time.monotonic() + STACK_SECONDS
-        waiting = set(sizes)
+        waiting = dict(sizes)
         while waiting and time.monotonic() < end:
-            time.sleep(0.05)
-            waiting = {rank for rank in waiting if _size(stacks_path(self.scratch, rank)) == sizes[rank]}
+            time.sleep(0.1)
+            now = {rank: _size(stacks_path(self.scratch, rank)) for rank in waiting}
+            # They are written line by line: whole when the file has grown and then stays as it is.
+            waiting = {rank: size for rank, size in now.items() if size == sizes[rank] or size != waiting[rank]}
         files = sorted(self.scratch.glob("stacks-rank-*.txt"))
         return {path.name: text for path in files if (text := path.read_text(encoding="utf-8", errors="replace"))}
 
@@ -221,6 +226,8 @@ class LocalNode:
         if self._pipe is not None:
             os.close(self._pipe)
             self._pipe = None
+        if self.holder is not None:
+            self.holder.close()
         shutil.rmtree(self.scratch, ignore_errors=True)
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import threading
+from pathlib import Path
 
 import pytest
 
@@ -32,7 +34,20 @@ def test_values_are_handed_out(monkeypatch: pytest.MonkeyPatch) -> None:
     assert fault.point("test.value") == "nan"
 
 
-@pytest.mark.parametrize("text", ["explode@x", "kill", "kill@UPPER", "kill@x/y"])
+def test_waiting_ends_with_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    gate = tmp_path / "the gate"
+    monkeypatch.setenv(fault.VARIABLE, f"wait@test.wait:{gate}")
+    passed: list[bool] = []
+    waiting = threading.Thread(target=lambda: (fault.point("test.wait"), passed.append(gate.exists())), daemon=True)
+    waiting.start()
+    waiting.join(0.05)
+    assert waiting.is_alive()
+    gate.touch()
+    waiting.join(60)
+    assert passed == [True]
+
+
+@pytest.mark.parametrize("text", ["explode@x", "kill", "kill@UPPER", "kill@x/y", "wait@x"])
 def test_a_fault_that_cannot_be_read_is_refused(text: str) -> None:
     with pytest.raises(ValueError, match="cannot read"):
         fault.parse(text)

@@ -54,14 +54,17 @@ def test_illegal_layouts_name_the_legal_ones(dataset: Path, capsys: pytest.Captu
     assert main(["bench", str(dataset), "--seconds", "0"]) == 2
 
 
-def test_bad_data_is_named_and_exits_with_3(dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_bad_data_is_named_and_exits_with_3(
+    dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Clock(monkeypatch)  # a second is as many batches on any machine
     folder = tmp_path / "damaged"
     shutil.copytree(dataset, folder)
     entry = load_manifest(folder).shards[0]
     data = bytearray((folder / entry.name).read_bytes())
     data[512 + 140] ^= 1  # the first sample's values
     (folder / entry.name).write_bytes(data)
-    assert main(["bench", str(folder), *QUICK, "--seconds", "0.5"]) == 3
+    assert main(["bench", str(folder), *QUICK, "--seconds", "4"]) == 3
     printed = capsys.readouterr()
     assert "checksum" in printed.out
     assert entry.name in printed.err

@@ -48,6 +48,11 @@ def with_peers(folder: Path, count: int = PEERS, factor: float = 4.0) -> HedgedR
     return reads
 
 
+def is_second(file: FileIO) -> bool:
+    """Whether this is the file of the second request."""
+    return str(file.name).endswith(hedge._SECOND)
+
+
 class Requests:
     """What becomes of the first, second, … request for one object: ``slow``, ``good``, or an error."""
 
@@ -58,8 +63,9 @@ class Requests:
         self.made = 0
 
     def __call__(self, file: FileIO, lost: Callable[[], bool]) -> int:
+        # Not in the order in which the threads get to run.
+        number = int(is_second(file))
         with self._lock:
-            number = self.made
             self.made += 1
         answer = self._answers[number]
         if answer == "slow":
@@ -97,11 +103,9 @@ def test_the_second_answer_counts_when_the_first_is_late(tmp_path: Path) -> None
 def test_the_first_answer_counts_when_it_comes_first_after_all(tmp_path: Path) -> None:
     reads, path = with_peers(tmp_path), tmp_path / "object"
     second_runs, first_done = threading.Event(), threading.Event()
-    made: list[int] = []
 
     def read(file: FileIO, lost: Callable[[], bool]) -> int:
-        made.append(len(made))
-        if made[-1] == 0:
+        if not is_second(file):
             assert second_runs.wait(60)
             return file.write(b"0" * SIZE)
         second_runs.set()
@@ -115,14 +119,24 @@ def test_the_first_answer_counts_when_it_comes_first_after_all(tmp_path: Path) -
     assert not path.with_name("object.second").exists()
 
 
-def test_errors_of_either_request(tmp_path: Path) -> None:
-    path = tmp_path / "object"
+def test_a_read_that_fails_in_time_is_none_that_is_late(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hedge, "_LEAST_SECONDS", 60)
     with pytest.raises(OSError, match="gone"):
-        with_peers(tmp_path).run("at once", Requests(OSError(errno.EIO, "gone")), path, SIZE)
-    assert events.snapshot() == {}, "a read that fails in time is none that is late"
+        with_peers(tmp_path).run("at once", Requests(OSError(errno.EIO, "gone")), tmp_path / "object", SIZE)
+    assert events.snapshot() == {}
 
+
+def test_errors_of_either_request(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "object"
     requests = Requests("slow", OSError("refused"))
-    threading.Timer(0.2, requests.release.set).start()
+    work = hedge._Request._work
+
+    def then_release(request: hedge._Request) -> None:
+        work(request)
+        if request.error is not None:
+            requests.release.set()
+
+    monkeypatch.setattr(hedge._Request, "_work", then_release)
     assert with_peers(tmp_path).run("the second one", requests, path, SIZE) == SIZE
     assert path.read_bytes() == b"x" * (SIZE // 2) + b"s" * (SIZE // 2)
     assert events.snapshot() == {"loader.read_repeated": 1, "loader.repeated_read_failed": 1}
@@ -130,7 +144,7 @@ def test_errors_of_either_request(tmp_path: Path) -> None:
     second_failed = threading.Event()
 
     def both(file: FileIO, lost: Callable[[], bool]) -> int:
-        if not second_failed.is_set() and file.name.endswith(".second"):
+        if is_second(file):
             second_failed.set()
             raise OSError("the second one")
         assert second_failed.wait(60)
@@ -140,14 +154,20 @@ def test_errors_of_either_request(tmp_path: Path) -> None:
         with_peers(tmp_path).run("both", both, path, SIZE)
 
 
-def test_without_room_for_a_second_file_the_first_request_goes_on(tmp_path: Path) -> None:
+def test_without_room_for_a_second_file_the_first_request_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     reads, requests, path = with_peers(tmp_path), Requests("slow"), tmp_path / "object"
 
     def read(file: FileIO, lost: Callable[[], bool]) -> int:
         (tmp_path / "object.second").mkdir()
         return requests(file, lost)
 
-    threading.Timer(0.5, requests.release.set).start()
+    def decide() -> bool:
+        requests.release.set()
+        return True
+
+    monkeypatch.setattr(reads, "_may_repeat", decide)
     assert reads.run("late", read, path, SIZE) == SIZE
     assert path.read_bytes() == b"x" * (SIZE // 2) + b"s" * (SIZE // 2)
     # The folder that stands for a full disk cannot be removed either.
@@ -209,7 +229,7 @@ def test_a_stalled_request_does_not_hold_up_the_batches(
         if path.is_file():
             storage.put(path.relative_to(tmp_path / "data").as_posix(), path)
     monkeypatch.setattr(remote_source, "PART_BYTES", 8 * 1024)
-    monkeypatch.setattr(hedge, "_LEAST_SECONDS", 0.3)
+    monkeypatch.setattr(hedge, "_LEAST_SECONDS", 100)
     loader = remote_loader(bucket_url, tmp_path / "cache")
     table = loader.streams[0]._reader._table
     monkeypatch.setattr(hedge, "PEERS", 1)
@@ -217,7 +237,9 @@ def test_a_stalled_request_does_not_hold_up_the_batches(
     if what == "part":
         table.shard(1)  # its index
     events.clear()
-    proxy.script.append(("GET", "stall/120"))
+    # Only from here on is a request late: the store may take its time for those before.
+    monkeypatch.setattr(hedge, "_LEAST_SECONDS", 0.3)
+    proxy.script.append(("GET", "stall/250"))
     table.part(1, 0)
     assert events.snapshot() == {"loader.read_repeated": 1}, "the answer was there before the stall ended"
     assert serve(loader) == set(range(120))

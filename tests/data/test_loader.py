@@ -167,8 +167,9 @@ def test_close_leaves_no_thread_and_no_file(dataset: Path) -> None:
     assert process.num_fds() > files
     loader.close()
     loader.close()
-    assert set(threading.enumerate()) == threads
-    assert process.num_fds() == files
+    # Threads and connections of earlier tests may end meanwhile.
+    assert set(threading.enumerate()) <= threads
+    assert process.num_fds() <= files
     with pytest.raises(RuntimeError, match="closed"):
         next(loader)
 
@@ -194,7 +195,7 @@ def test_a_forked_child_continues_by_itself(dataset: Path) -> None:
         with stream._lock, table._shards._lock, table._parts._lock:
             child.start()
         theirs = queue.get()
-        child.join(30)
+        child.join(100)
         assert child.exitcode == 0
         assert theirs == served(loader, 10)
 
@@ -209,7 +210,7 @@ def test_missing_manifest_and_bad_layout_come_before_any_thread(dataset: Path) -
     ]:
         with pytest.raises(ConfigError, match=message):
             open_loader(dataset, **options)
-    assert set(threading.enumerate()) == threads
+    assert set(threading.enumerate()) <= threads
 
 
 def test_metrics_count(dataset: Path) -> None:

@@ -42,8 +42,9 @@ def test_close_and_abandoned_windows_leave_no_thread(dataset: Path) -> None:
         stream(loader, steps)
         loader.close()
         loader.close()
-        assert set(threading.enumerate()) == threads
-        assert psutil.Process().num_fds() == files
+        # Threads and connections of earlier tests may end meanwhile.
+        assert set(threading.enumerate()) <= threads
+        assert psutil.Process().num_fds() <= files
 
 
 class Gate:
@@ -84,13 +85,13 @@ def test_a_read_that_hangs_does_not_hold_up_the_end(dataset: Path, after: int, m
     events.clear()
     begun = time.monotonic()
     loader.close()
-    assert time.monotonic() - begun < 30
+    assert time.monotonic() - begun < 50, "the read hangs for longer"
     assert events.snapshot()["loader.thread_left_behind"] >= 1
-    consumer.join(30)
+    consumer.join(100)
     assert not consumer.is_alive()
     assert "closed" in str(failures[0])
     gate.open.set()
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 100
     while set(threading.enumerate()) - before and time.monotonic() < deadline:
         time.sleep(0.01)
     assert not set(threading.enumerate()) - before
@@ -102,20 +103,25 @@ def _first(loader: BatchLoader) -> None:
 
 
 def test_closing_does_not_wait_for_what_has_not_begun(dataset: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    read, calls = SampleReader.read_run, []
+    read, stop, calls, closing = SampleReader.read_run, FetchThreads.stop, [], threading.Event()
 
     def slow(*arguments: Any) -> None:
-        calls.append(1)
-        time.sleep(0.2)
+        calls.append(closing.is_set())
+        assert closing.wait(60)
         read(*arguments)
 
+    def stop_then_go_on(self: FetchThreads) -> None:
+        stop(self)
+        closing.set()
+
     monkeypatch.setattr(SampleReader, "read_run", slow)
+    monkeypatch.setattr(FetchThreads, "stop", stop_then_go_on)
     loader = loader_of(dataset, window=30, fetch_threads=1)  # many runs, of which close waits for one
     threading.Thread(target=_first, args=(loader,)).start()
     while not calls:
         time.sleep(0.01)
     loader.close()
-    assert len(calls) <= 3
+    assert calls == [False], "nothing begins after the end has begun"
 
 
 PROGRAM = """
@@ -201,7 +207,7 @@ def test_a_forked_child_owes_nothing_to_the_parents_threads(dataset: Path, how: 
         ):
             child.start()
         theirs = queue.get()
-        child.join(30)
+        child.join(100)
         assert child.exitcode == 0
         assert theirs == ([] if how == "close" else stream(loader, 6))
 
@@ -266,7 +272,7 @@ def test_tasks_run_in_their_order_and_errors_do_not_end_a_thread() -> None:
         threads.submit(lambda number=number: done.append(number) if number % 5 else _raise())
     finished = threading.Event()
     threads.submit(finished.set)
-    assert finished.wait(30)
+    assert finished.wait(100)
     threads.close()
     threads.submit(lambda: done.append(-1))
     assert done == [number for number in range(20) if number % 5]

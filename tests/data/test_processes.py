@@ -39,10 +39,11 @@ def last_line(log: Path) -> dict[str, Any] | None:
     return json.loads(lines[-1]) if lines else None
 
 
-def rank_main(folder: Path, log: Path, rank: int, world_size: int, store: Path) -> None:
-    """Steps in lock-step: gather everybody's ids, and rank 0 commits them together with the state."""
+def rank_main(folder: Path, log: Path, rank: int, world_size: int, store: Path, last: int) -> None:
+    """Steps in lock-step: gather everybody's ids, and rank 0 commits them together with the state. After step `last`
+    it waits to be killed, however long that takes."""
     torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{store}", rank=rank, world_size=world_size, timeout=timedelta(seconds=20)
+        "gloo", init_method=f"file://{store}", rank=rank, world_size=world_size, timeout=timedelta(seconds=120)
     )
     loader = StreamingLoader(
         config_of(folder), seed=9, global_batch_size=GLOBAL_BATCH, rank=rank, world_size=world_size
@@ -63,6 +64,8 @@ def rank_main(folder: Path, log: Path, rank: int, world_size: int, store: Path) 
             line = {"step": step, "epoch": batch.epoch, "ids": torch.cat(parts).tolist(), "state": states[0]}
             with log.open("ab", buffering=0) as file:
                 file.write(json.dumps(line).encode() + b"\n")
+        while step == last:
+            time.sleep(1)
         time.sleep(0.004)
     loader.close()
     torch.distributed.barrier()
@@ -90,15 +93,18 @@ def test_killed_ranks_continue_the_same_order_in_any_number(tmp_path: Path) -> N
         if before == STEPS:
             break
         store = tmp_path / f"store-{attempt}"
+        target = before + rng.randint(4, 14)
+        last = target + 2 if target < STEPS else STEPS + 1
         ranks = [
-            context.Process(target=rank_main, args=(tmp_path / "data", log, rank, world_size, store))
+            context.Process(target=rank_main, args=(tmp_path / "data", log, rank, world_size, store, last))
             for rank in range(world_size)
         ]
         for process in ranks:
             process.start()
         # Let it make some steps, then kill one rank; the others fail in their next collective or are killed too.
-        target, deadline = before + rng.randint(4, 14), time.monotonic() + 30
-        while (last_line(log) or {"step": 0})["step"] < min(target, STEPS) and time.monotonic() < deadline:
+        deadline = time.monotonic() + 120
+        while (last_line(log) or {"step": 0})["step"] < min(target, STEPS):
+            assert time.monotonic() < deadline
             time.sleep(0.002)
         if target < STEPS:
             victim = rng.randrange(world_size)
@@ -108,7 +114,7 @@ def test_killed_ranks_continue_the_same_order_in_any_number(tmp_path: Path) -> N
             for process in ranks:
                 process.kill()
         for process in ranks:
-            process.join(30)
+            process.join(100)
             assert process.exitcode is not None
         sizes.append(world_size)
     got = [json.loads(line) for line in log.read_text().splitlines()]

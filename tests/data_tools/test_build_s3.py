@@ -271,11 +271,13 @@ def test_one_denied_object_is_counted_once(three_videos: Path, s3_url: str, prox
 
 
 def test_odd_keys(three_videos: Path, s3_url: str, tmp_path: Path) -> None:
-    """Whatever a store takes for a key is a source like any other: empty parts, dots, what a URL means something by."""
+    """Whatever a store takes for a key is a source like any other: empty parts, dots, what a URL means something by,
+    1,024 bytes."""
     import boto3
 
     bucket, _, prefix = f"{s3_url}/videos/".removeprefix("s3://").partition("/")
     names = ["/b.mp4", "x//y.mp4", "./c.mp4", "../d.mp4", " e.mp4", "f?g#h%2e.mp4"]
+    names.append("l" * (1024 - len(prefix) - 4) + ".mp4")  # the longest key there is
     for number, name in enumerate(names):
         body = (three_videos / "a.mp4").read_bytes() + bytes(number)
         boto3.client("s3").put_object(Bucket=bucket, Key=prefix + name, Body=body)

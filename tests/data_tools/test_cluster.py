@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from dt_videos import make_video
 
 from ardist.data.manifest import load_manifest
 from ardist.errors import ConfigError, HardwareError
+from ardist.events import events
 from data_tools.cli import main
 from data_tools.cluster import ClusterTask, cluster_task
 from data_tools.lease import Pace, worker_name
@@ -55,19 +57,30 @@ def alone(videos: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="module")
 def ray() -> Iterator[Any]:
-    """A Ray cluster of this machine with three places."""
+    """A Ray cluster of two machines, as far as Ray can tell: each has its own raylet; three places."""
+    environment = dict(os.environ)
     os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112 - 15 by default, which starves on a busy machine
     import ray
+    from ray.cluster_utils import Cluster
 
-    ray.init(num_cpus=3, include_dashboard=False, log_to_driver=False, configure_logging=False)
-    yield ray
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": False})
+    cluster.add_node(num_cpus=1)
+    os.environ.clear()
+    os.environ.update(environment)
+    ray.init(address=cluster.address, log_to_driver=False, configure_logging=False)
+    yield cluster
     ray.shutdown()
+    cluster.shutdown()
+
+
+def _workers(out: Path) -> set[str]:
+    """Those that committed."""
+    return {json.loads(path.read_text())["worker"] for path in (out / "commits").glob("*.json")}
 
 
 def _authors(out: Path) -> set[str]:
     """Kinds of the workers that committed, without their numbers."""
-    names = [json.loads(path.read_text())["worker"] for path in (out / "commits").glob("*.json")]
-    return {name.partition("@")[0].rstrip("0123456789") if "@" in name else "plain" for name in names}
+    return {name.partition("@")[0].rstrip("0123456789") if "@" in name else "plain" for name in _workers(out)}
 
 
 def _task(videos: Path, out: Path, *words: str, **environment: str) -> subprocess.Popen[bytes]:
@@ -99,8 +112,14 @@ def test_a_workers_name_tells_its_place(monkeypatch: pytest.MonkeyPatch) -> None
 
 def test_slurm_tasks_and_torchrun_ranks_share_a_plan(videos: Path, alone: str, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    tasks = [_task(videos, out, SLURM_ARRAY_TASK_ID=str(n), SLURM_LOCALID="0") for n in range(2)]
-    tasks.append(_task(videos, out, RANK="0", LOCAL_RANK="0"))
+    gate = tmp_path / "gate"  # nobody makes a second shard before all have made their first
+    planned = {"ARDIST_FAULT": f"wait@build.shard_started#2:{gate}"}
+    tasks = [_task(videos, out, SLURM_ARRAY_TASK_ID=str(n), SLURM_LOCALID="0", **planned) for n in range(2)]
+    tasks.append(_task(videos, out, RANK="0", LOCAL_RANK="0", **planned))
+    while len(_workers(out)) < 3:
+        assert [task.poll() for task in tasks] == [None] * 3
+        time.sleep(0.05)
+    gate.touch()
     assert [task.wait(240) for task in tasks] == [0, 0, 0]
     assert load_manifest(out).digest() == alone
     assert _authors(out) == {"slurm", "rank"}
@@ -160,6 +179,39 @@ def test_a_killed_actor_is_replaced(ray: Any, videos: Path, alone: str, tmp_path
     assert len(killed) == 1
     assert summary.manifest.digest() == alone
     assert summary.events["build.worker_died"] == 1
+    assert not verify(str(out)).problems
+
+
+@needs_ray
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_machines_join_and_are_lost(ray: Any, videos: Path, alone: str, tmp_path: Path) -> None:
+    """An actor that no machine can hold waits, says so, and begins where one joins; with that one lost, on the next."""
+    out = tmp_path / "out"
+    options = {**ON_RAY, "shard": ShardSettings(decoders=5)}
+    halted: list[int] = []
+    with ThreadPoolExecutor(1) as pool:  # Ray starts machines in the main thread only
+        building = pool.submit(build_small, videos, out, executor="ray", workers=1, **options)
+        while "build.ray_waits" not in events.snapshot() and not building.done():
+            time.sleep(0.01)
+        first = ray.add_node(num_cpus=5)
+        while not halted and not building.done():
+            for path in (out / "leases").glob("0*.json"):
+                with contextlib.suppress(OSError, ValueError):
+                    owner = json.loads(path.read_text())["pid"]
+                    os.kill(owner, signal.SIGSTOP)  # so that nothing more comes of it, however long a removal takes
+                    halted.append(owner)
+                    break
+            time.sleep(0.01)
+        ray.remove_node(first, allow_graceful=False)
+        ray.add_node(num_cpus=5)
+        summary = building.result()
+    assert len(halted) == 1
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(halted[0], signal.SIGKILL)
+    assert summary.manifest.digest() == alone
+    assert summary.events["build.ray_waits"] == summary.events["build.worker_died"] == 1
+    assert _authors(out) == {"ray"}
     assert not verify(str(out)).problems
 
 

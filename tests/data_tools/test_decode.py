@@ -163,12 +163,12 @@ def test_a_decoder_that_hangs_is_killed(tmp_path: Path) -> None:
     path = tmp_path / "x"
     path.write_bytes(b"x")
     begun = time.monotonic()
-    with _stream(path, "import time; print('x', flush=True); time.sleep(60)", 0.7) as stream:
+    with _stream(path, "import time; print('x', flush=True); time.sleep(600)", 0.7) as stream:
         with pytest.raises(Refusal) as caught:
             stream.read_into(np.empty((4, 2, 2, 3), np.uint8))
         pid = stream._process.pid
     assert caught.value.reason is Reason.TIMEOUT
-    assert time.monotonic() - begun < 10
+    assert time.monotonic() - begun < 100, "it hangs for longer"
     with pytest.raises(ProcessLookupError):
         os.kill(pid, 0)
 
@@ -177,33 +177,35 @@ def test_a_decoder_that_floods_or_dies_is_named(tmp_path: Path) -> None:
     path = tmp_path / "x"
     path.write_bytes(b"x")
     flood = "import sys\nwhile True: sys.stderr.write('e' * 100000)"
-    with _stream(path, flood, 20) as stream, pytest.raises(Refusal, match="flooded") as caught:
+    with _stream(path, flood, 100) as stream, pytest.raises(Refusal, match="flooded") as caught:
         stream.read_into(np.empty((4, 2, 2, 3), np.uint8))
     assert caught.value.reason is Reason.CRASHED
-    died = _stream(path, "import os; os.kill(os.getpid(), 11)", 20)
+    died = _stream(path, "import os; os.kill(os.getpid(), 11)", 100)
     with died, pytest.raises(Refusal, match="SIGSEGV") as caught:
         died.finish()
     assert caught.value.reason is Reason.CRASHED
-    with _stream(path, "import sys; sys.exit('broken at 0x12 @ 0xabc')", 20) as stream:
+    with _stream(path, "import sys; sys.exit('broken at 0x12 @ 0xabc')", 100) as stream:
         assert stream.finish() == "broken at 0x12"
 
 
 def test_a_decoders_memory_and_files_are_limited(tmp_path: Path) -> None:
     path = tmp_path / "x"
     path.write_bytes(b"x")
-    greedy = "import time; time.sleep(0.3)\ntry:\n  b = bytearray(3 * 10**9)\nexcept MemoryError: raise SystemExit(7)"
+    # The limits come a moment after the start, the one of core files last.
+    limited = "import resource, time\nwhile resource.getrlimit(resource.RLIMIT_CORE)[1]: time.sleep(0.01)\n"
+    greedy = f"{limited}try:\n  b = bytearray(3 * 10**9)\nexcept MemoryError: raise SystemExit(7)"
     command = [sys.executable, "-c", greedy]
-    with FrameStream(str(path), None, lambda _: command, timeout=20, memory=2**30) as stream:
+    with FrameStream(str(path), None, lambda _: command, timeout=100, memory=2**30) as stream:
         assert "status 7" in stream.finish()
-    writer = f"import time; time.sleep(0.3); open({str(tmp_path / 'out')!r}, 'wb', 0).write(b'x')"
-    with _stream(path, writer, 20) as stream:
+    writer = f"{limited}open({str(tmp_path / 'out')!r}, 'wb', 0).write(b'x')"
+    with _stream(path, writer, 100) as stream:
         assert stream.finish()
     assert (tmp_path / "out").stat().st_size == 0
 
 
 def test_the_probe_is_replaced_when_it_dies_or_hangs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     good = make_video(tmp_path / "a.mp4")
-    child = ProbeChild(timeout=20)
+    child = ProbeChild(timeout=100)
     child.probe(str(good), None, CAPS)
     first = child._process
     assert first is not None
@@ -218,7 +220,7 @@ def test_the_probe_is_replaced_when_it_dies_or_hangs(tmp_path: Path, monkeypatch
     with pytest.raises(Refusal) as caught:
         child.probe(str(good), None, CAPS)
     assert caught.value.reason is Reason.TIMEOUT
-    child._timeout = 20
+    child._timeout = 100
     assert child.probe(str(good), None, CAPS).count == 12
     child.close()
 
@@ -226,11 +228,11 @@ def test_the_probe_is_replaced_when_it_dies_or_hangs(tmp_path: Path, monkeypatch
 def test_probing_many_keeps_their_order(tmp_path: Path) -> None:
     paths = [make_video(tmp_path / f"{n}.mp4", frames=n + 2) for n in range(4)]
     requests = [(str(path), local_version(path.stat()), 0) for path in paths] + [(str(tmp_path / "none"), None, 0)]
-    answers = list(probe_all(requests, CAPS, 2, 30))
+    answers = list(probe_all(requests, CAPS, 2, 100))
     assert [answer.count for answer in answers[:4] if isinstance(answer, VideoFacts)] == [2, 3, 4, 5]
     assert isinstance(answers[4], Refusal)
     shutil.copy(paths[3], paths[0])
-    assert isinstance(next(iter(probe_all(requests[:1], CAPS, 1, 30))), Refusal)
+    assert isinstance(next(iter(probe_all(requests[:1], CAPS, 1, 100))), Refusal)
 
 
 def test_alpha_that_this_ffmpeg_cannot_decode_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -123,6 +123,20 @@ def test_the_stated_rate_is_believed_only_where_the_times_agree() -> None:
     assert abs(measure(odd, TICK, []).rate - Fraction(73, 10)) < Fraction(1, 50)
 
 
+def test_pauses_and_lost_frames_leave_the_rate_as_it_is() -> None:
+    for rate in (Fraction(12), Fraction(25), Fraction(30000, 1001), Fraction(60), Fraction(120)):
+        times = [round(1000 * n / rate) for n in range(200)]
+        lost = times[:60] + times[75:100] + times[103:]
+        paused = times[:50] + [time + 2500 for time in times[50:]]
+        for each in (times, lost, paused):
+            assert measure(each, TICK, [rate]).rate == rate
+            assert measure(each, TICK, []).rate == measure(times, TICK, []).rate
+    # Where no interval prevails there is no such rate: film that is shown as video, two and three fields in turn.
+    film = [n * 1000 // 24 for n in range(100)]
+    shown = [round(1000 * (time * 60 // 1000) / 60) for time in film]
+    assert measure(shown, TICK, []).rate == 24
+
+
 def test_unknown_and_impossible_times() -> None:
     line = measure([None] * 30, TICK, [Fraction(30)])
     assert line.by_index

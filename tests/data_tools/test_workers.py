@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import json
 import os
 import signal
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -45,9 +48,32 @@ def _authors(out: Path) -> set[str]:
     return {json.loads(path.read_text())["worker"] for path in (out / "commits").glob("*.json")}
 
 
-def test_three_workers_make_the_dataset_of_one(videos: Path, alone: str, tmp_path: Path) -> None:
+@contextlib.contextmanager
+def gate_of_two(out: Path) -> Iterator[str]:
+    """A fault with which no worker makes a second shard before two have made their first."""
+    gate, over = out.with_name("gate"), threading.Event()
+
+    def watch() -> None:
+        while len(_authors(out)) < 2 and not over.wait(0.01):
+            pass
+        gate.touch()
+
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    try:
+        yield f"wait@build.shard_started#2:{gate}"
+    finally:
+        over.set()
+        watcher.join()
+
+
+def test_three_workers_make_the_dataset_of_one(
+    videos: Path, alone: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     out = tmp_path / "out"
-    summary = build_small(videos, out, samples_per_shard=2, workers=3, start_method="fork", pace=QUICK)
+    with gate_of_two(out) as planned:
+        monkeypatch.setenv(fault.VARIABLE, planned)
+        summary = build_small(videos, out, samples_per_shard=2, workers=3, start_method="fork", pace=QUICK)
     assert summary.manifest.digest() == alone
     assert len(_authors(out)) >= 2
     assert not verify(str(out)).problems
@@ -85,8 +111,8 @@ def test_a_workers_error_reaches_the_user(videos: Path, tmp_path: Path, monkeypa
 def test_workers_end_with_the_coordinator(videos: Path, alone: str, tmp_path: Path) -> None:
     out = tmp_path / "out"
     options = {"samples_per_shard": 2, "workers": 2, "start_method": "fork", "pace": QUICK}
-    child = run_forked(lambda: build_small(videos, out, **options), "sleep@build.sample:30")
-    deadline = time.monotonic() + 60
+    child = run_forked(lambda: build_small(videos, out, **options), "sleep@build.sample:250")
+    deadline = time.monotonic() + 200
     while len(list((out / "leases").glob("0*"))) < 2:
         assert time.monotonic() < deadline
         time.sleep(0.05)
@@ -109,9 +135,10 @@ def _alive(pid: int) -> bool:
 
 def test_two_builders_at_once_share_the_work(videos: Path, alone: str, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    slow = "sleep@build.shard_started:0.2"
-    children = [run_forked(lambda: build_small(videos, out, samples_per_shard=2, pace=QUICK), slow) for _ in range(2)]
-    assert [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children] == [0, 0]
+    with gate_of_two(out) as planned:
+        work = functools.partial(build_small, videos, out, samples_per_shard=2, pace=QUICK)
+        children = [run_forked(work, planned) for _ in range(2)]
+        assert [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children] == [0, 0]
     assert build_small(videos, out, samples_per_shard=2).manifest.digest() == alone
     assert len(_authors(out)) == 2
     assert not verify(str(out)).problems
@@ -146,7 +173,10 @@ def test_a_lease_is_kept_by_its_beat_and_lost_without(tmp_path: Path) -> None:
     foreign = json.loads(path.read_text()) | {"machine": "another machine"}
     assert other.take("000001") is None
     now[0] = 100.0
-    time.sleep(0.3)  # it beats meanwhile, and the watcher sees that
+    beat, deadline = path.read_bytes(), time.monotonic() + 60
+    while path.read_bytes() == beat:  # the watcher sees that it beats
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
     assert other.take("000001") is None
     with lease:
         pass

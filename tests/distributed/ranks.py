@@ -6,7 +6,6 @@ import multiprocessing
 import os
 import pickle
 import signal
-import socket
 import sys
 import time
 import traceback
@@ -15,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ardist.events import events
+from ardist.launch.local import hold_port
 from ardist.training import distributed
 
 distributed.prepare_environment()
@@ -45,22 +45,17 @@ class Outcome:
     exit_code: int | None
 
 
-def free_port() -> int:
-    """A TCP port of the loopback interface that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 class Ranks:
     """N running ranks: signal them, then `wait` for their outcomes."""
 
     def __init__(
         self, function: Callable[..., Any], size: int, *args: Any, env: Mapping[str, str] | None = None
     ) -> None:
+        # Held until the ranks have ended, so that nobody else is given the port before rank 0 listens there.
+        self._holder = hold_port(0)
         variables = {
             "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(free_port()),
+            "MASTER_PORT": str(self._holder.getsockname()[1]),
             "WORLD_SIZE": str(size),
             "LOCAL_SIZE": str(size),
             **(env or {}),
@@ -80,7 +75,7 @@ class Ranks:
         """Send a signal to one rank."""
         os.kill(self.processes[rank].pid, number)
 
-    def wait(self, timeout: float = 90.0) -> list[Outcome]:
+    def wait(self, timeout: float = 200.0) -> list[Outcome]:
         """Outcomes in rank order; ranks still alive at the end of `timeout` are killed (exit code -9)."""
         end = time.monotonic() + timeout
         outcomes = []
@@ -101,11 +96,12 @@ class Ranks:
             if error is None and process.exitcode:
                 error = f"exit code {process.exitcode} after its result"
             outcomes.append(Outcome(rank, value, error, process.exitcode))
+        self._holder.close()
         return outcomes
 
 
 def run_ranks(
-    function: Callable[..., Any], size: int, *args: Any, timeout: float = 90.0, env: Mapping[str, str] | None = None
+    function: Callable[..., Any], size: int, *args: Any, timeout: float = 200.0, env: Mapping[str, str] | None = None
 ) -> list[Any]:
     """`function(*args)` in `size` ranks; its values in rank order, or a `RankError` with every traceback."""
     outcomes = Ranks(function, size, *args, env=env).wait(timeout)

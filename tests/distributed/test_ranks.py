@@ -37,12 +37,13 @@ def test_an_exception_names_its_rank() -> None:
 
 
 def _sleep() -> None:
-    time.sleep(60)
+    time.sleep(600)
 
 
 def test_a_killed_rank_and_a_hanging_rank_are_reported() -> None:
     ranks = Ranks(_sleep, 2)
     ranks.send_signal(0, signal.SIGKILL)
-    first, second = ranks.wait(timeout=2)
+    ranks.processes[0].join(60)
+    first, second = ranks.wait(timeout=1)
     assert (first.exit_code, first.error) == (-signal.SIGKILL, "ended without a result")
     assert (second.exit_code, second.error) == (-signal.SIGKILL, "timed out")

@@ -88,7 +88,7 @@ def test_kill_at_every_point_of_the_second_checkpoint(
     observer.start()
     visit = 1 if point.endswith("prune") else 2
     ranks = Ranks(train_outcome, 2, config_of(tmp_path, data), env={"ARDIST_FAULT": f"kill@{point}#{visit}"})
-    outcomes = ranks.wait(60)
+    outcomes = ranks.wait()
     assert -signal.SIGKILL in [outcome.exit_code for outcome in outcomes]
     assert not any(outcome.value == "done" for outcome in outcomes)
     step = newest_valid(tmp_path / "checkpoints")[1].step
@@ -103,16 +103,18 @@ def test_kill_at_every_point_of_the_second_checkpoint(
 @pytest.mark.parametrize("point", ["trainer.batch", "trainer.before_step", "trainer.after_step"])
 def test_kill_of_one_rank_in_the_middle_of_a_step(tmp_path: Path, data: Path, uninterrupted: Path, point: str) -> None:
     ranks = Ranks(train_outcome, 2, config_of(tmp_path, data), env={"ARDIST_FAULT": f"kill@{point}/1#5"})
-    assert -signal.SIGKILL in [outcome.exit_code for outcome in ranks.wait(60)]
+    assert -signal.SIGKILL in [outcome.exit_code for outcome in ranks.wait()]
     finishes_as(tmp_path, data, uninterrupted)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
 def test_a_signal_to_one_rank_stops_and_saves_all(tmp_path: Path, data: Path, uninterrupted: Path, number: int) -> None:
-    ranks = Ranks(train_outcome, 2, config_of(tmp_path, data), env={"ARDIST_FAULT": "sleep@trainer.batch:0.2"})
+    gate = tmp_path / "gate"
+    ranks = Ranks(train_outcome, 2, config_of(tmp_path, data), env={"ARDIST_FAULT": f"wait@trainer.batch#4:{gate}"})
     wait_for_step(tmp_path, 2)
     ranks.send_signal(1, number)
-    outcomes = ranks.wait(60)
+    gate.touch()
+    outcomes = ranks.wait()
     assert [outcome.error for outcome in outcomes] == [None, None]
     assert all(outcome.value.startswith("Preempted: stopped on") for outcome in outcomes), outcomes
     step = newest_valid(tmp_path / "checkpoints")[1].step
@@ -125,7 +127,7 @@ def test_a_signal_to_one_rank_stops_and_saves_all(tmp_path: Path, data: Path, un
 
 
 def wait_for_step(run_dir: Path, step: int) -> None:
-    end = time.monotonic() + 60
+    end = time.monotonic() + 200
     while time.monotonic() < end:
         if (run_dir / "metrics.jsonl").exists() and max(records(run_dir), default=0) >= step:
             return
@@ -211,8 +213,8 @@ def _train_where_one_save_runs_out_of_memory(config: Any) -> str:
 
 
 def test_an_unforeseen_error_of_one_writer_is_counted_and_keeps_no_peer_waiting(tmp_path: Path, data: Path) -> None:
-    config = config_of(tmp_path, data, training__timeout_minutes=1)
-    outcomes = Ranks(_train_where_one_save_runs_out_of_memory, 2, config).wait(50)
+    config = config_of(tmp_path, data, training__timeout_minutes=4)
+    outcomes = Ranks(_train_where_one_save_runs_out_of_memory, 2, config).wait()
     assert [outcome.value for outcome in outcomes] == ["done", "done"]
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert summary["events"]["checkpoint.failed"] == 2, "once on each rank"
@@ -299,13 +301,14 @@ def test_spikes_in_a_row_go_back_once_and_the_window_is_part_of_the_state(tmp_pa
 
 
 def test_a_second_job_on_a_run_directory_is_refused(tmp_path: Path, data: Path) -> None:
-    first = Ranks(train_outcome, 1, config_of(tmp_path, data), env={"ARDIST_FAULT": "sleep@trainer.batch:0.5"})
+    waiting = {"ARDIST_FAULT": f"wait@trainer.batch#3:{tmp_path / 'never'}"}
+    first = Ranks(train_outcome, 1, config_of(tmp_path, data), env=waiting)
     wait_for_step(tmp_path, 1)
     [second] = run_ranks(_train_without_waiting, 1, config_of(tmp_path, data))
     assert second.startswith("ConfigError: another job is running in")
     assert '"pid"' in second
     first.send_signal(0, signal.SIGKILL)
-    first.wait(10)
+    first.wait()
     [third] = run_ranks(train_outcome, 1, config_of(tmp_path, data))
     assert third == "done", "the lock of a dead job is no lock"
 

@@ -17,7 +17,7 @@ from tiny import settings
 from ardist.config import TrainConfig
 from ardist.config.launch import LaunchConfig
 from ardist.launch.engines import Host, Placement, launches
-from ardist.launch.local import free_port
+from ardist.launch.local import hold_port
 from ardist.launch.nodes import LocalNode
 from ardist.launch.supervisor import Supervisor
 from ardist.training import distributed, goodput, trainer
@@ -122,7 +122,8 @@ class TrainingJob:
         self.callbacks = callbacks
         self.faults = faults
         self.ranks = ranks
-        launch = {"restart_pause_seconds": 0.05, "heartbeat_seconds": 4, "step_seconds": 6, "data_seconds": 6}
+        # Nothing reaches these limits on a machine that does much else; who waits for one sets it.
+        launch = {"restart_pause_seconds": 0.05, "heartbeat_seconds": 60, "step_seconds": 60, "data_seconds": 60}
         values = settings(
             self.run_dir, data, **{"training__steps": 9, "checkpoint__every": 3, "launch": launch, **changes}
         )
@@ -130,6 +131,8 @@ class TrainingJob:
         self.path = directory / "config.yaml"
         self.path.write_text(yaml.safe_dump(values))
         self.config = TrainConfig.model_validate(values)
+        self.gate = directory / "gate"
+        """For faults that wait until the test has done something."""
         self.limits: LaunchConfig = self.config.launch
         self.nodes: list[ForkNode] = []
         self.supervisor = Supervisor(self.limits, self.run_dir, self.start)
@@ -138,7 +141,8 @@ class TrainingJob:
         """For the supervisor."""
         node = ForkNode("localhost", self.limits)
         self.nodes.append(node)
-        placement = Placement((Host("localhost", self.ranks),), 0, "127.0.0.1", free_port())
+        node.holder = hold_port(0)
+        placement = Placement((Host("localhost", self.ranks),), 0, "127.0.0.1", node.holder.getsockname()[1])
         if callable(self.faults):
             fault = self.faults(attempt)
         else:

@@ -6,7 +6,6 @@ import contextlib
 import os
 import shutil
 import subprocess
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -43,7 +42,8 @@ def ssh_servers(pair: Pair, directory: Path) -> Iterator[dict[str, str]]:
     options = f"-i {user} -p {PORT} -o StrictHostKeyChecking=no -o UserKnownHostsFile=/dev/null -o LogLevel=ERROR"
     environment = {**os.environ, "PDSH_SSH_ARGS_APPEND": f"{options} -o ConnectTimeout=5 -o BatchMode=yes"}
     try:
-        time.sleep(0.5)
+        for node in range(2):
+            pair.wait_for_server(node, PORT)
         yield environment
     finally:
         for server in servers:

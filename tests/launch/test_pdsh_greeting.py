@@ -33,7 +33,7 @@ def test_connections_that_hang_end_with_the_question(
     (tmp_path / "ssh").chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     monkeypatch.setenv("TOLD", str(tmp_path))
-    monkeypatch.setattr(pdsh, "GREETING_SECONDS", 2.0)
+    monkeypatch.setattr(pdsh, "GREETING_SECONDS", 6.0)
     for name in ("PDSH_SSH_ARGS", "PDSH_SSH_ARGS_APPEND"):
         monkeypatch.delenv(name, raising=False)
     if chosen is not None:

@@ -15,6 +15,7 @@ import pytest
 from fork_ranks import TrainingJob
 from tiny import losses, records, sample_ids, write_latents
 
+from ardist.launch import nodes
 from ardist.training import goodput
 from ardist.training.heartbeat import Phase, read_beats
 from ardist.training.run_dir import RunDirectory
@@ -34,6 +35,12 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory, data: Path) -> Path:
     assert job.run() == 0, job.stderr()
     assert job.rows == []
     return job.run_dir
+
+
+@pytest.fixture(autouse=True)
+def all_stacks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ranks that can write their stacks have all the time to do so."""
+    monkeypatch.setattr(nodes, "STACK_SECONDS", 60.0)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -60,15 +67,16 @@ def survives(job: TrainingJob, uninterrupted: Path, name: str) -> dict[str, Any]
     [
         ("A1 kill -9 in a step", "kill@trainer.before_step/1#5", "died", 2),
         ("A3 kill -9 in a checkpoint", "kill@checkpoint.after_commit/0#2", "died", 2),
-        ("A5 stopped", "stop@trainer.before_step/1#5", "stopped", 8),
-        ("A5 waits for data for ever", "sleep@trainer.batch/1#5:1000", "stuck", 12),
+        ("A5 stopped", "stop@trainer.before_step/1#5", "stopped", 12),
+        ("A5 waits for data for ever", "sleep@trainer.batch/1#5:1000", "stuck", 14),
         ("A8 out of memory", "raise@trainer.batch/1#5:12", "error", 2),
     ],
 )
 def test_one_rank_fails(
     tmp_path: Path, data: Path, uninterrupted: Path, name: str, fault: str, cause: str, within: float
 ) -> None:
-    row = survives(TrainingJob(tmp_path, data, faults=(fault,)), uninterrupted, name)
+    quick = {"stopped": {"launch__heartbeat_seconds": 8}, "stuck": {"launch__step_seconds": 10}}.get(cause, {})
+    row = survives(TrainingJob(tmp_path, data, faults=(fault,), **quick), uninterrupted, name)
     assert row["cause"] == cause
     assert row["detect_seconds"] < within + 20, "room for a machine that does much else"
     assert row["lost_steps"] <= 4
@@ -88,7 +96,7 @@ def test_one_rank_fails(
 
 
 def test_a_native_crash_leaves_its_trace(tmp_path: Path, data: Path, uninterrupted: Path) -> None:
-    job = TrainingJob(tmp_path, data, faults=("sleep@trainer.batch:0.2",))
+    job = TrainingJob(tmp_path, data, faults=(f"wait@trainer.batch#5:{tmp_path / 'never'}",))
     threading.Thread(target=lambda: signal_at(job, 1, 4, signal.SIGSEGV), daemon=True).start()
     row = survives(job, uninterrupted, "A4 segmentation fault")
     assert "SIGSEGV" in row["detail"]
@@ -97,7 +105,7 @@ def test_a_native_crash_leaves_its_trace(tmp_path: Path, data: Path, uninterrupt
 
 def signal_at(job: TrainingJob, rank: int, step: int, number: int) -> None:
     """Send a signal to a rank of the first attempt once it has made `step` steps."""
-    end = time.monotonic() + 60
+    end = time.monotonic() + 200
     while time.monotonic() < end:
         beats = read_beats(job.nodes[0].scratch) if job.nodes else []
         if len(beats) > rank and beats[rank].step >= step:
@@ -110,7 +118,7 @@ def signal_at(job: TrainingJob, rank: int, step: int, number: int) -> None:
 def test_a_signal_to_the_launcher_saves_and_the_next_start_goes_on(
     tmp_path: Path, data: Path, uninterrupted: Path, number: int
 ) -> None:
-    job = TrainingJob(tmp_path, data, faults=("sleep@trainer.batch:0.2",))
+    job = TrainingJob(tmp_path, data, faults=(f"wait@trainer.batch#5:{tmp_path / 'gate'}",))
     threading.Thread(target=lambda: to_us(job, 3, number), daemon=True).start()
     assert job.run() == 75, job.stderr()
     assert 3 <= max(records(job.run_dir)) < 9
@@ -122,18 +130,22 @@ def test_a_signal_to_the_launcher_saves_and_the_next_start_goes_on(
 
 
 def to_us(job: TrainingJob, step: int, number: int) -> None:
-    end = time.monotonic() + 60
+    """Send a signal to this process once the ranks have made so many steps, then open the gate where they wait."""
+    end = time.monotonic() + 200
     while time.monotonic() < end:
         beats = read_beats(job.nodes[0].scratch) if job.nodes else []
         # Before all ranks beat, a forked one may still have the signal handlers of this process.
         if len(beats) == job.ranks and beats[0].step >= step:
-            return os.kill(os.getpid(), number)
+            os.kill(os.getpid(), number)
+            while not job.supervisor._forwarded:
+                time.sleep(0.01)
+            return job.gate.touch()
         time.sleep(0.01)
     return None
 
 
 def test_a_signal_at_the_start_ends_with_75_and_touches_nothing(tmp_path: Path, data: Path) -> None:
-    job = TrainingJob(tmp_path, data)
+    job = TrainingJob(tmp_path, data, faults=(f"wait@trainer.batch#2:{tmp_path / 'gate'}",))
     threading.Thread(target=lambda: to_us(job, 0, signal.SIGTERM), daemon=True).start()
     assert job.run() == 75, job.stderr()
     assert not list((tmp_path / "run").glob("checkpoints/step-*")) or max(records(job.run_dir)) >= 1
@@ -164,7 +176,7 @@ def test_a_run_directory_that_another_job_holds(tmp_path: Path, data: Path, monk
 
 
 def test_a_slow_rank_is_named_and_the_run_goes_on(tmp_path: Path, data: Path, uninterrupted: Path) -> None:
-    job = TrainingJob(tmp_path, data, faults=("sleep@trainer.batch/1:1.0",), training__log_every=3)
+    job = TrainingJob(tmp_path, data, faults=("sleep@trainer.batch/1:1.5",), training__log_every=3)
     assert job.run() == 0, job.stderr()
     assert job.rows == []
     events = json.loads((job.run_dir / "summary.json").read_text())["events"]
@@ -175,7 +187,8 @@ def test_a_slow_rank_is_named_and_the_run_goes_on(tmp_path: Path, data: Path, un
 
 def test_a_signal_in_validation_does_not_wait_for_its_end(tmp_path: Path, data: Path, uninterrupted: Path) -> None:
     held_out = {"path": str(data), "every": 3, "num_clips": 60, "staircases": 64}
-    job = TrainingJob(tmp_path, data, validation=held_out)
+    # After three looks at the stop flag, one a step, there is one before each clip: rank 1 waits before its third clip.
+    job = TrainingJob(tmp_path, data, validation=held_out, faults=(f"wait@stop.agreed/1#6:{tmp_path / 'gate'}",))
     threading.Thread(target=lambda: in_phase(job, Phase.OTHER, 1, signal.SIGTERM), daemon=True).start()
     assert job.run() == 75, job.stderr()
     assert "validation at step 3 was given up" in job.stderr()
@@ -186,10 +199,12 @@ def test_a_signal_in_validation_does_not_wait_for_its_end(tmp_path: Path, data: 
 
 
 def in_phase(job: TrainingJob, phase: Phase, rank: int, number: int) -> None:
-    end = time.monotonic() + 60
+    """Send a signal to a rank in such a phase, then open the gate where it waits."""
+    end = time.monotonic() + 200
     while time.monotonic() < end:
         beats = read_beats(job.nodes[0].scratch) if job.nodes else []
         if len(beats) > rank and beats[rank].phase is phase and beats[rank].step > 0:
-            return os.kill(beats[rank].pid, number)
+            os.kill(beats[rank].pid, number)
+            return job.gate.touch()
         time.sleep(0.005)
     return None

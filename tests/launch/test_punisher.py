@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 def test_two_minutes_under_fire(tmp_path: Path) -> None:
     import punisher
 
-    run = punisher.Punisher(tmp_path, seconds=120, every=8, seed=3)
+    run = punisher.Punisher(tmp_path, seconds=120, every=8, seed=3, least=4)
     outcome = run.run()
     punisher.show(outcome)
     assert {kind[0] for kind in outcome.kinds} == {"A", "B", "E"}, "processes, checkpoints and numerics were hit"
@@ -35,7 +35,7 @@ def test_one_kind_alone(tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPat
     import punisher
 
     monkeypatch.setattr(punisher, "FAMILIES", kind[0])
-    run = punisher.Punisher(tmp_path, seconds=40, every=10, seed=9)
+    run = punisher.Punisher(tmp_path, seconds=40, every=10, seed=9, least=1)
     run.kinds = {name: action for name, action in run.kinds.items() if name == kind}
     outcome = run.run()
     punisher.show(outcome)

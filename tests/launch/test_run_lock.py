@@ -56,7 +56,7 @@ def test_a_dying_job_has_its_grace_to_save(tmp_path: Path, gone: str) -> None:
     run = RunDirectory(tmp_path)
     run.lock(wait_seconds=0.1)
     run.unlock()
-    assert (end.wait(10), holder.wait(10)) == (0, 0)
+    assert (end.wait(60), holder.wait(60)) == (0, 0)
 
 
 def test_a_reused_process_id_is_no_launcher() -> None:

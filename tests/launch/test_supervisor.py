@@ -5,12 +5,13 @@ from __future__ import annotations
 import errno
 import json
 import os
+import secrets
 import signal
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +31,16 @@ from ardist.training import goodput
 from ardist.training.heartbeat import Beat, Phase, read_beats
 
 HERE = Path(__file__).parent
-QUICK = {"heartbeat_seconds": 4.0, "step_seconds": 6.0, "data_seconds": 6.0, "other_seconds": 60.0}
-"""Limits with room for a machine that does much else."""
+PATIENT = {"heartbeat_seconds": 60.0, "step_seconds": 60.0, "data_seconds": 60.0, "other_seconds": 100.0}
+"""Limits that nothing reaches on a machine that does much else."""
+QUICK = {"heartbeat_seconds": 8.0, "step_seconds": 10.0, "data_seconds": 10.0}
+"""Where something stands still for good, which is waited for."""
+
+
+@pytest.fixture(autouse=True)
+def all_stacks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ranks that can write their stacks have all the time to do so."""
+    monkeypatch.setattr(nodes, "STACK_SECONDS", 60.0)
 
 
 class Job:
@@ -41,7 +50,7 @@ class Job:
         self, directory: Path, *, steps: int = 12, seconds: float = 0.01, ranks: int = 2, **limits: Any
     ) -> None:
         self.directory = directory
-        self.limits = LaunchConfig.model_validate({"restart_pause_seconds": 0.05, **QUICK, **limits})
+        self.limits = LaunchConfig.model_validate({"restart_pause_seconds": 0.05, **PATIENT, **limits})
         self.nodes: list[LocalNode] = []
         self.words = ["toy_rank", str(directory), str(steps), str(seconds)]
         self.ranks = ranks
@@ -103,7 +112,7 @@ def test_without_a_fault_nothing_is_restarted(tmp_path: Path) -> None:
     ],
 )
 def test_every_way_to_fail_is_named_and_healed(tmp_path: Path, what: str, cause: str, text: str) -> None:
-    job = Job(tmp_path)
+    job = Job(tmp_path, **(QUICK if cause in ("stopped", "stuck") else {}))
     job.fault(1, 7, what)
     assert job.run() == 0
     [row] = job.rows
@@ -120,9 +129,19 @@ def test_every_way_to_fail_is_named_and_healed(tmp_path: Path, what: str, cause:
         assert "toy_rank.py" in job.stacks(0) or cause == "error", "and so is where its peers waited"
 
 
-def test_a_rank_that_never_beats_is_not_waited_for_without_end(tmp_path: Path) -> None:
-    job = Job(tmp_path, other_seconds=8)
+def test_a_rank_that_never_beats_is_not_waited_for_without_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    job = Job(tmp_path)
     job.fault(1, -1, "loop")
+
+    class Late(watchdog.Watchdog):
+        """The first attempt has lasted too long as soon as the other rank is heard."""
+
+        def look(self, beats: Sequence[Beat], ranks: int) -> Failure | None:
+            if beats and len(job.nodes) == 1:
+                self._began = self._clock() - job.limits.other_seconds - 1
+            return super().look(beats, ranks)
+
+    monkeypatch.setattr(supervisor, "Watchdog", Late)
     assert job.run() == 0
     [row] = job.rows
     assert row["cause"] == "start"
@@ -133,7 +152,13 @@ def test_a_rank_that_never_beats_is_not_waited_for_without_end(tmp_path: Path) -
 def test_processes_that_stay_after_the_last_word_are_ended_and_the_run_is_done(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(watchdog, "END_SECONDS", 1.0)
+    overdue = watchdog.Watchdog.overdue
+
+    def once_it_stays(*words: Any) -> int | None:
+        return None if (tmp_path / "fault-1").exists() else overdue(*words)
+
+    monkeypatch.setattr(watchdog, "END_SECONDS", 0.5)
+    monkeypatch.setattr(watchdog.Watchdog, "overdue", once_it_stays)
     job = Job(tmp_path)
     job.fault(1, 12, "loop")
     before = events.snapshot().get("launch.hung_at_end", 0)
@@ -263,7 +288,7 @@ def test_a_failure_after_a_signal_is_not_called_saved(tmp_path: Path) -> None:
         rank = read_beats(job.nodes[-1].scratch)[1].pid
         os.kill(rank, signal.SIGSTOP)  # so that it cannot save before it dies
         os.kill(os.getpid(), signal.SIGTERM)
-        time.sleep(0.5)
+        wait_for(lambda: job.supervisor._forwarded == 1)
         os.kill(rank, signal.SIGKILL)
 
     once_under_way(job, ask_and_kill)
@@ -330,12 +355,13 @@ def test_a_connection_that_ends_with_the_job_does_not_keep_the_rest_from_saving(
 
 
 def test_a_second_signal_stops_at_once(tmp_path: Path) -> None:
-    job = Job(tmp_path, steps=1000, seconds=0.02, heartbeat_seconds=60, step_seconds=60, data_seconds=60)
+    job = Job(tmp_path, steps=1000, seconds=0.02)
     job.fault(0, 5, "SIGSTOP")
 
     def ask_twice() -> None:
         os.kill(os.getpid(), signal.SIGTERM)
-        time.sleep(2.2)  # a second signal within two seconds counts as an echo of the first
+        # A second signal within two seconds counts as an echo of the first.
+        wait_for(lambda: job.supervisor._signals and time.monotonic() - job.supervisor._signals[0][1] > 2)
         os.kill(os.getpid(), signal.SIGTERM)
 
     once_under_way(job, ask_twice, steps=4)
@@ -350,7 +376,8 @@ def test_a_killed_supervisor_leaves_no_orphan_not_even_a_stopped_one(tmp_path: P
 import sys; sys.path.insert(0, {str(HERE)!r})
 from pathlib import Path
 from test_supervisor import Job
-job = Job(Path({str(tmp_path)!r}), steps=1000, heartbeat_seconds=60, data_seconds=60, step_seconds=60, grace_seconds=1)
+limits = dict.fromkeys(("heartbeat_seconds", "data_seconds", "step_seconds"), 300)
+job = Job(Path({str(tmp_path)!r}), steps=1000, grace_seconds=1, **limits)
 start = job.supervisor._start
 def told(*words):
     nodes = start(*words)
@@ -373,13 +400,13 @@ def once_under_way(job: Job, action: Callable[[], None], steps: int = 10) -> Non
     """Do something in the middle of the run, whenever that is."""
 
     def wait_and_act() -> None:
-        wait_for(lambda: (job.directory / "history").exists() and len(job.history) >= steps, 60)
+        wait_for(lambda: (job.directory / "history").exists() and len(job.history) >= steps)
         action()
 
     threading.Thread(target=wait_and_act, daemon=True).start()
 
 
-def wait_for(condition: Callable[[], bool], seconds: float = 30) -> None:
+def wait_for(condition: Callable[[], Any], seconds: float = 120) -> None:
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "it did not happen"
@@ -409,13 +436,14 @@ def test_ranks_of_a_machine_follow_each_other() -> None:
 
 
 def test_the_marks_of_other_jobs_are_left_alone() -> None:
-    child = subprocess.Popen(["sleep", "60"], env={processes.VARIABLE: "one"})
+    mark = secrets.token_hex(8)
+    child = subprocess.Popen(["sleep", "600"], env={processes.VARIABLE: mark})
     try:
-        wait_for(lambda: processes.members("one") == [child.pid])
-        assert processes.kill("on") == []
+        wait_for(lambda: processes.members(mark) == [child.pid])
+        assert processes.kill(mark[:-1]) == []
         assert psutil.pid_exists(child.pid)
-        assert processes.kill("one") == []
-        assert child.wait(5) == -signal.SIGKILL
+        assert processes.kill(mark) == []
+        assert child.wait(60) == -signal.SIGKILL
     finally:
         child.kill()
 

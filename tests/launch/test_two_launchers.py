@@ -53,7 +53,7 @@ def one_machine(tmp_path_factory: pytest.TempPathFactory, data: Path) -> Path:
     return directory / "run"
 
 
-def start(pair: Pair, node: int, *words: str, pace: float = 0.3) -> subprocess.Popen[str]:
+def start(pair: Pair, node: int, *words: str, pace: float = 0.5) -> subprocess.Popen[str]:
     """The script on one of the machines."""
     line = [*pair.inside(node), str(SCRIPT), "--no-ssh", "--node-rank", str(node), *words]
     environment = {**os.environ, "GLOO_SOCKET_IFNAME": "veth0", "ARDIST_FAULT": f"sleep@trainer.batch:{pace}"}
@@ -127,7 +127,10 @@ def rank(pair: Pair, node: int, config: Path) -> int:
     """The process of the rank on a machine."""
     found = subprocess.run(["ip", "netns", "pids", pair.names[node]], check=True, capture_output=True, text=True)
     for pid in map(int, found.stdout.split()):
-        words = Path(f"/proc/{pid}/cmdline").read_bytes().decode().split("\0")
+        try:
+            words = Path(f"/proc/{pid}/cmdline").read_bytes().decode().split("\0")
+        except OSError:
+            continue  # it ended meanwhile
         if str(config) in words and words[words.index("-m") + 1] == "ardist.training.main":
             return pid
     raise AssertionError(f"machine {node} runs no rank")

@@ -28,7 +28,7 @@ STEPS = 30
 @pytest.mark.parametrize("engine", ["deepspeed", "torchrun"])
 def test_training_goes_on_without_the_machine_that_was_cut_off(tmp_path: Path, engine: str) -> None:
     data = write_latents(tmp_path / "latents")
-    launch = {"node_seconds": 6, "heartbeat_seconds": 60, "restart_pause_seconds": 0.1}
+    launch = {"node_seconds": 12, "heartbeat_seconds": 60, "restart_pause_seconds": 0.1}
     changes = {"training__steps": STEPS, "checkpoint__every": 5, "launch": launch}
     config, hostfile = tmp_path / "a config.yaml", tmp_path / "hosts"
     config.write_text(yaml.safe_dump(settings(tmp_path / "the run", data, **changes)))
@@ -45,7 +45,7 @@ def test_training_goes_on_without_the_machine_that_was_cut_off(tmp_path: Path, e
     [row] = goodput.restarts(goodput.read(tmp_path / "the run"))
     assert (row["cause"], row["lost_steps"] <= 6) == ("cut off", True), row
     assert "machine 10.77.0.2 gave no sign of life" in row["detail"]
-    assert row["detect_seconds"] < 40
+    assert row["detect_seconds"] < 60
     alone = [str(SCRIPT), "--launcher", "plain", "--ranks", "1", str(config), f"run_dir={plain}"]
     subprocess.run(alone, check=True, timeout=300, capture_output=True)
     resumed = goodput.read(tmp_path / "the run")[-2]["resumed_step"]

@@ -1,8 +1,9 @@
 """A rank without torch: steps, heartbeats, checkpoints of its own, and faults on demand; for tests of the supervisor.
 
 Run as ``python -m toy_rank DIRECTORY STEPS SECONDS``. A file ``fault-RANK`` in the directory says ``STEP WHAT`` and is
-taken once; step -1 is before the first beat, the last one after the last word. The state after step n is n, so that
-what a recovered run did can be compared with an undisturbed one.
+taken once; step -1 is before the first beat, the last one after the last word. ``hold`` waits there until the rank is
+asked to stop, of which a file ``asked-RANK`` tells. The state after step n is n, so that what a recovered run did can
+be compared with an undisturbed one.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ stop = False
 def on_signal(number: int, frame: object) -> None:
     global stop
     stop = True
+    (Path(sys.argv[1]) / f"asked-{os.environ['RANK']}").touch()
 
 
 def strike(what: str) -> None:
@@ -32,6 +34,9 @@ def strike(what: str) -> None:
     elif what == "loop":
         while True:
             time.sleep(0.1)
+    elif what == "hold":
+        while not stop:
+            time.sleep(0.01)
     elif what == "leave":
         os._exit(0)
     elif what == "raise":
@@ -84,10 +89,10 @@ def main() -> int:
 
 
 def take_fault(path: Path, step: int) -> None:
-    if path.exists() and int(path.read_text().split()[0]) == step:
-        what = path.read_text().split()[1]
+    words = path.read_text().split() if path.exists() else []
+    if words and int(words[0]) == step:
         path.unlink()
-        strike(what)
+        strike(words[1])
 
 
 def read(path: Path) -> int:

@@ -46,7 +46,9 @@ def serve(address: str) -> None:
 def run(connection: socket.socket) -> None:
     """One command, until it ends; its input ends with the connection."""
     file = connection.makefile("rb", buffering=0)
-    script = bytes.fromhex(file.readline().decode()).decode()
+    if not (line := file.readline()):
+        return  # somebody only asked whether we are there
+    script = bytes.fromhex(line.decode()).decode()
     process = subprocess.Popen(
         ["sh", "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, bufsize=0
     )
@@ -148,6 +150,13 @@ class Pair:
             ip("-n", name, "link", "set", "lo", "up")
         words = [*self.inside(1), sys.executable, "-S", __file__, "serve", self.addresses[1]]
         self._server = subprocess.Popen(words, start_new_session=True, env={**os.environ, "PATH": self.path})
+        self.wait_for_server(1, PORT)
+
+    def wait_for_server(self, node: int, port: int) -> None:
+        """Until somebody listens on a port of machine `node`, as the first machine sees it."""
+        knock = f"import socket; socket.create_connection(({self.addresses[node]!r}, {port}), timeout=5)"
+        words = [*self.inside(0), sys.executable, "-S", "-c", knock]
+        wait_until(lambda: not subprocess.run(words, check=False, stderr=subprocess.DEVNULL).returncode)
 
     @property
     def path(self) -> str:
@@ -203,7 +212,6 @@ def two_nodes(directory: Path) -> Iterator[Pair]:
     pair = Pair(f"ard{os.getpid() % 100000}-", directory)
     try:
         pair.up()
-        time.sleep(0.3)
         yield pair
     finally:
         pair.down()

@@ -18,12 +18,19 @@ def claim(tmp_path: Path, owner: str, stale: float = 0.6) -> Claim:
     return Claim(open_storage(tmp_path), owner, beat=0.05, stale=stale)
 
 
+def silence(dead: Claim) -> None:
+    """No beat is under way any more."""
+    dead._ended.set()
+    assert dead._thread is not None
+    dead._thread.join()
+
+
 def names(tmp_path: Path) -> list[str]:
     return list(open_storage(tmp_path).list(PREFIX))
 
 
 def test_a_second_job_is_refused_while_the_first_lives_and_let_in_after_it(tmp_path: Path) -> None:
-    first, second = claim(tmp_path, "a:/run"), claim(tmp_path, "b:/run", stale=30.0)
+    first, second = claim(tmp_path, "a:/run"), claim(tmp_path, "b:/run", stale=100.0)
     first.take()
     with pytest.raises(ConfigError, match="another job writes checkpoints to .*'a:/run'"):
         second.take()
@@ -38,7 +45,7 @@ def test_a_second_job_is_refused_while_the_first_lives_and_let_in_after_it(tmp_p
 def test_a_job_that_died_is_replaced_and_one_that_wakes_up_gives_up(tmp_path: Path) -> None:
     dead, heir = claim(tmp_path, "a:/run"), claim(tmp_path, "b:/run")
     dead.take()
-    dead._ended.set()  # silent from now on
+    silence(dead)
     before = events.snapshot().get("checkpoint.claim_taken_over", 0)
     began = time.monotonic()
     heir.take()
@@ -52,11 +59,11 @@ def test_a_job_that_died_is_replaced_and_one_that_wakes_up_gives_up(tmp_path: Pa
 def test_a_restart_in_the_same_run_directory_does_not_wait(tmp_path: Path) -> None:
     dead = claim(tmp_path, "a:/run", stale=60.0)
     dead.take()
-    dead._ended.set()
+    silence(dead)
     again = claim(tmp_path, "a:/run", stale=60.0)
     began = time.monotonic()
     again.take()
-    assert time.monotonic() - began < 5.0
+    assert time.monotonic() - began < 50, "it may be silent for longer"
     assert names(tmp_path) == ["claim-00000002"]
     again.release()
 
@@ -65,7 +72,7 @@ def test_of_two_jobs_that_start_together_one_gets_in(tmp_path: Path) -> None:
     outcomes: list[str] = []
 
     def start(owner: str) -> None:
-        mine = claim(tmp_path, owner, stale=30.0)
+        mine = claim(tmp_path, owner, stale=100.0)
         try:
             mine.take()
             outcomes.append("in")
@@ -76,5 +83,5 @@ def test_of_two_jobs_that_start_together_one_gets_in(tmp_path: Path) -> None:
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(30)
+        thread.join(100)
     assert sorted(outcomes) == ["in", "out", "out", "out"]

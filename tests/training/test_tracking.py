@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import socket
 import sys
-import time
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -55,15 +55,16 @@ def test_a_tracker_that_hangs_delays_nothing_and_what_it_misses_is_counted(monke
     monkeypatch.setattr(tracking, "QUEUE_LENGTH", 10)
 
     def hang() -> list[Any]:
-        time.sleep(30)
+        over.wait(60)
         return []
 
-    began = time.monotonic()
+    over = threading.Event()
     tracker = Tracker(hang)
     for step in range(20):
         tracker.log({"step": step})
     tracker.finish()
-    assert time.monotonic() - began < 20, "far less than the tracker hangs"
+    assert tracker._thread.is_alive(), "nobody waited for its end"
+    over.set()
     counted = events.snapshot()
     assert counted["tracking.dropped"] >= 10
     assert counted["tracking.unfinished"] == 1
@@ -109,9 +110,8 @@ def test_a_server_that_never_answers_costs_a_bounded_wait_and_is_worked_around(
         monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{black_hole.getsockname()[1]}")
         monkeypatch.setenv("WANDB_API_KEY", "0123456789" * 4)
         tracker = open_tracker(tiny_config(tmp_path, tmp_path, tracking__wandb="online"), tmp_path)
-        began = time.monotonic()
         tracker.log({"kind": "train", "step": 1, "loss": 1.0})
-        assert time.monotonic() - began < 0.1, "the loop does not wait"
+        assert tracker._queue.qsize() == 1, "the loop does not wait until somebody takes it"
         tracker.finish()
     assert events.snapshot() == {"tracking.offline": 1}
     assert list((tmp_path / "wandb").glob(f"offline-run-*-{run_id(tmp_path)}")), "the numbers are kept offline"
