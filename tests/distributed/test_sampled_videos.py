@@ -139,3 +139,45 @@ def test_an_autoencoder_that_cannot_decode_is_refused_at_once(tmp_path: Path, da
         config = config_of(tmp_path / "run", source, bundle, **changes)
         with pytest.raises(ConfigError, match=text.replace(".", r"\.")):
             check_run(config, 1, tmp_path / "run" / "checkpoints")
+
+
+SINCOS = {"denoiser__positions": "sincos", "denoiser__max_frames": 4}
+
+
+@pytest.mark.parametrize(
+    ("changes", "texts"),
+    [
+        ({**SINCOS, "samples__num_frames": 5}, ["5 frames do not fit the denoiser's sincos table"]),
+        (
+            {"denoiser__mask": "released", "samples__num_frames": 9, "samples__differences": [0, 1, 4]},
+            ["difference=0 is too small for a recompute window of 4 frames", "legal: 1..4"],
+        ),
+        (
+            {"diffusion__num_timesteps": 4},
+            ["num_steps=4 must divide num_timesteps=4 and be smaller; legal: 1, 2"],
+        ),
+        (
+            {**SINCOS, "denoiser__mask": "released", "denoiser__window": 8, "samples__num_frames": 9}
+            | {"denoiser__latent_channels": 8},
+            ["difference=0 is too small", "samples.ar_vae: ", "latents of 3 tokens x 4 channels", "3 problems:"],
+        ),
+    ],
+)
+def test_what_could_not_be_sampled_is_refused_at_once_with_everything_else(
+    tmp_path: Path, data: Path, bundle: Path, changes: dict[str, Any], texts: list[str]
+) -> None:
+    config = config_of(tmp_path / "run", data, bundle, **changes)
+    with pytest.raises(ConfigError) as refused:
+        check_run(config, 1, tmp_path / "run" / "checkpoints")
+    assert not torch.distributed.is_initialized()
+    for text in texts:
+        assert text in str(refused.value)
+
+
+def test_longer_videos_of_a_denoiser_with_a_window_are_seen_through_that(
+    tmp_path: Path, data: Path, bundle: Path
+) -> None:
+    changes = {"denoiser__window": 2, "samples__num_frames": 7, "samples__every": 4, "samples__num_videos": 1}
+    assert run_ranks(train_outcome, 1, config_of(tmp_path, data, bundle, **changes)) == ["done"]
+    assert video(tmp_path, "s02-video-00").shape[0] == 7
+    assert "samples.failed" not in json.loads((tmp_path / "summary.json").read_text())["events"]

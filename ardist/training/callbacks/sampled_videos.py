@@ -5,9 +5,9 @@ from __future__ import annotations
 import logging
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -15,7 +15,7 @@ from ardist import fault
 from ardist.config import TrainConfig
 from ardist.data.manifest import Manifest
 from ardist.diffusion.noise import NoiseSchedule
-from ardist.errors import ArdistError, CheckpointError
+from ardist.errors import ArdistError, CheckpointError, InvalidValueError
 from ardist.events import events
 from ardist.inference.sampler import ADSampler
 from ardist.inference.video_io import write_mp4
@@ -81,32 +81,15 @@ class SampledVideos(Callback):
         made: dict[str, str],
     ) -> None:
         """Sample, decode and write this rank's videos; `made` gets their names and paths, one by one."""
-        settings, diffusion = trainer.config.samples, trainer.config.diffusion
-        trained_frames = int(trainer.data.describe()["shape"][0])
-        num_frames = settings.num_frames or trained_frames
-        sampler = ADSampler(
-            denoiser,
-            NoiseSchedule.create(diffusion.schedule, diffusion.num_timesteps),
-            target=diffusion.target,
-            window=None if num_frames <= trained_frames else trained_frames,
-        )
-        classes = denoiser.config.num_classes
+        settings = trainer.config.samples
+        num_frames, sampler = sampler_of(trainer.config, trainer.data.manifests, denoiser)
         by_difference: dict[int, list[int]] = defaultdict(list)
         for difference, video in jobs:
             by_difference[difference].append(video)
         for difference, videos in by_difference.items():
             for first in range(0, len(videos), AT_ONCE):
                 ids = torch.tensor(videos[first : first + AT_ONCE])
-                latents = sampler.sample(
-                    num_frames,
-                    num_inference_steps=settings.num_inference_steps,
-                    difference=difference,
-                    guidance_scale=settings.guidance_scale,
-                    batch_size=len(ids),
-                    seed=settings.seed,
-                    video_ids=ids,
-                    class_ids=None if classes is None else ids % classes,
-                )
+                latents = sampler.sample(num_frames, **arguments_of(trainer.config, denoiser, difference, ids))
                 for video, clip in zip(ids.tolist(), latents, strict=True):
                     with torch.no_grad():
                         pixels = ar_vae.decode(clip[None])[0].float().clamp(0.0, 1.0)
@@ -116,6 +99,29 @@ class SampledVideos(Callback):
                     fault.point("samples.before_write")
                     write_mp4(trainer.run.path / path, frames, settings.fps)
                     made[name] = str(path)
+
+
+def sampler_of(config: TrainConfig, manifests: Sequence[Manifest], denoiser: Denoiser) -> tuple[int, ADSampler]:
+    """How many frames are sampled, and with what; longer videos than the training's are seen through its window."""
+    trained = max(manifest.shape[0] for manifest in manifests)
+    num_frames = config.samples.num_frames or trained
+    window = None if num_frames <= trained else min(trained, denoiser.config.window or trained)
+    schedule = NoiseSchedule.create(config.diffusion.schedule, config.diffusion.num_timesteps)
+    return num_frames, ADSampler(denoiser, schedule, target=config.diffusion.target, window=window)
+
+
+def arguments_of(config: TrainConfig, denoiser: Denoiser, difference: int, ids: torch.Tensor) -> dict[str, Any]:
+    """The sampler's arguments for the videos of these numbers."""
+    settings, classes = config.samples, denoiser.config.num_classes
+    return {
+        "num_inference_steps": settings.num_inference_steps,
+        "difference": difference,
+        "guidance_scale": settings.guidance_scale,
+        "batch_size": len(ids),
+        "seed": settings.seed,
+        "video_ids": ids,
+        "class_ids": None if classes is None else ids % classes,
+    }
 
 
 def averaged_denoiser(trainer: Trainer) -> Denoiser:
@@ -134,11 +140,38 @@ def averaged_denoiser(trainer: Trainer) -> Denoiser:
     return denoiser
 
 
-def samples_problems(config: TrainConfig, manifests: Iterable[Manifest]) -> Iterator[str]:
-    """Why the bundle of ``samples.ar_vae`` cannot decode what this run learns to make, one line each."""
-    if config.samples.every is None or config.samples.ar_vae is None or config.denoiser is None:
+def samples_problems(config: TrainConfig, manifests: Sequence[Manifest]) -> Iterator[str]:
+    """Why this run could not sample the videos it is asked for, one line each."""
+    if config.samples.every is None or config.task != "denoiser":
         return
-    path, model = Path(config.samples.ar_vae).expanduser(), config.denoiser
+    if config.samples.ar_vae is not None:
+        yield from _decoder_problems(config, Path(config.samples.ar_vae).expanduser(), manifests)
+    if manifests:
+        yield from _sampler_problems(config, manifests)
+
+
+def _sampler_problems(config: TrainConfig, manifests: Sequence[Manifest]) -> Iterator[str]:
+    """What the sampler itself refuses of a denoiser without values: it looks at its arguments before it runs."""
+    assert config.denoiser is not None
+    settings = config.samples
+    with torch.device("meta"):
+        denoiser = Denoiser(config.denoiser)
+    refusals: dict[str, None] = {}
+    # With the largest difference there is nothing to refuse about differences, and everything else shows.
+    for difference in dict.fromkeys([settings.num_inference_steps, *settings.differences]):
+        try:
+            num_frames, sampler = sampler_of(config, manifests, denoiser)
+            sampler.stream(num_frames, **arguments_of(config, denoiser, difference, torch.arange(1)))
+        except InvalidValueError as error:
+            refusals[str(error)] = None
+    for refusal in refusals:
+        yield f"samples: {refusal}"
+
+
+def _decoder_problems(config: TrainConfig, path: Path, manifests: Sequence[Manifest]) -> Iterator[str]:
+    """Why the bundle cannot decode what this run learns to make."""
+    model = config.denoiser
+    assert model is not None
     try:
         written = read_config(path)
     except CheckpointError as error:
