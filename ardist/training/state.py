@@ -118,7 +118,7 @@ def roll_back(trainer: Trainer) -> bool:
     if trainer.world.is_main:
         events.count("training.rollback", from_step=trainer.step, to_step=found[1].step)
     _restore(trainer, *found)
-    trainer.window = Window()
+    trainer.window = Window(trainer.window.longest)
     trainer.history.useful_seconds = float(found[1].state["history"]["useful_seconds"])
     return True
 

@@ -129,12 +129,16 @@ def _open_wandb(config: TrainConfig, run_dir: Path) -> tuple[Sink, Callable[[], 
         wandb.teardown()  # what it began still holds the run's id
         run = wandb.init(mode="offline", settings=settings, **arguments)
 
+    # W&B's own count of steps only rises, and it ignores what is logged below it; ours goes back after a roll-back and
+    # after a resume from an earlier checkpoint.
+    run.define_metric("step", hidden=True)
+    run.define_metric("*", step_metric="step")
     kinds = {".mp4": "Video", ".png": "Image"}
 
     def write(record: dict[str, Any]) -> None:
         files = [(name, path) for name, path in _media(record, run_dir) if path.suffix in kinds]
         shown = {name: getattr(wandb, kinds[path.suffix])(str(path)) for name, path in files}
-        run.log({**_scalars(record), **shown}, step=int(record["step"]))
+        run.log({**_scalars(record), **shown, "step": int(record["step"])})
 
     return write, run.finish
 
@@ -164,13 +168,21 @@ def _media(record: dict[str, Any], run_dir: Path) -> list[tuple[str, Path]]:
 
 
 def _scalars(record: dict[str, Any]) -> dict[str, float]:
-    """Names and numbers of a record: ``train/loss``, ``train/loss_per_frame/03``."""
+    """Names and numbers of a record: ``train/loss``, ``train/loss_per_frame/03``; what is unknown is left out.
+
+    Tables, lists of lists, are for metrics.jsonl and the report: at a tracker each of their cells would be a curve.
+    """
     kind, named = record.get("kind", "train"), {}
     for name, value in record.items():
         if name in ("kind", "step", "time"):
             continue
-        if isinstance(value, int | float) and not isinstance(value, bool):
-            named[f"{kind}/{name}"] = float(value)
-        elif isinstance(value, list) and all(isinstance(item, int | float) for item in value):
-            named |= {f"{kind}/{name}/{index:02d}": float(item) for index, item in enumerate(value)}
+        if isinstance(value, list):
+            cells = {f"{kind}/{name}/{index:02d}": item for index, item in enumerate(value)}
+        else:
+            cells = {f"{kind}/{name}": value}
+        named |= {
+            cell: float(number)
+            for cell, number in cells.items()
+            if isinstance(number, int | float) and not isinstance(number, bool)
+        }
     return named

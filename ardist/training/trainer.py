@@ -153,7 +153,7 @@ class Trainer:
             world_size=world.size,
             peak=peak_flops(device_name(world.device), config.training.precision),
         )
-        self.window = Window()
+        self.window = Window(max(manifest.shape[0] for manifest in data.manifests))
         self.callbacks = [*built_in_callbacks(config), *callbacks]
 
         # What the last step did, for the callbacks.

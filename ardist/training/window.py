@@ -14,9 +14,13 @@ from ardist.training.distributed import World
 
 
 class Window:
-    """Sums over the micro-batches since the last log point, kept on the device: adding makes nobody wait."""
+    """Sums over the micro-batches since the last log point, kept on the device: adding makes nobody wait.
 
-    def __init__(self) -> None:
+    longest: frames of the run's longest clips.
+    """
+
+    def __init__(self, longest: int = 0) -> None:
+        self.longest = longest
         # By name and length: with images and videos in turn, what is counted per frame has two lengths.
         self._sums: dict[tuple[str, int], torch.Tensor] = {}
         self._counts: Counter[tuple[str, int]] = Counter()
@@ -49,17 +53,17 @@ class Window:
     def means(self, world: World) -> dict[str, Any]:
         """Means over micro-batches, steps and ranks: one reduction and one host read (collective).
 
-        Of vectors of several lengths the longest has the plain name, the others have their length behind it.
+        What is counted per frame has the plain name for the run's longest clips, and for others their number of frames
+        behind it, whatever else this window holds: the first frame of a clip and an image are two curves.
         """
         keys = sorted(self._sums)
         if not keys:
             return {}
         flat = torch.cat([self._sums[key].reshape(-1) / self._counts[key] for key in keys])
         values, result, position = world.mean(flat).tolist(), {}, 0
-        longest = dict(keys)  # sorted: the last length of a name is its largest
         for name, size in keys:
             part = values[position : position + size]
-            shown = name if longest[name] == size else f"{name}_{size}"
+            shown = f"{name}_{size}" if name.endswith("per_frame") and size < self.longest else name
             result[shown] = part if self._sums[name, size].ndim else part[0]
             position += size
         return result

@@ -74,12 +74,15 @@ def test_window_means_over_micro_batches() -> None:
     assert window.means(World(0, 1, torch.device("cpu"))) == {"loss": 3.0, "per_frame": [3.0, 0.0]}
 
 
-def test_window_keeps_clips_of_two_lengths_apart() -> None:
-    window = Window()
-    for loss, frames in ((1.0, 1), (2.0, 3), (4.0, 3)):
-        window.add(torch.tensor(loss), {"per_frame": torch.full((frames,), loss)})
+@pytest.mark.parametrize("frames", [[1, 3, 3], [1, 1], [3]])
+def test_a_window_has_one_name_for_the_frames_of_images_and_another_for_those_of_clips(frames: list[int]) -> None:
+    window = Window(longest=3)
+    for count in frames:
+        window.add(torch.tensor(1.0), {"per_frame": torch.full((count,), float(count)), "by_law": torch.ones(2)})
     means = window.means(World(0, 1, torch.device("cpu")))
-    assert means == {"loss": pytest.approx(7 / 3), "per_frame_1": [1.0], "per_frame": [3.0, 3.0, 3.0]}
+    names = {1: "per_frame_1", 3: "per_frame"}
+    expected = {names[count]: [float(count)] * count for count in frames}
+    assert means == {"loss": 1.0, "by_law": [1.0, 1.0], **expected}
 
 
 def test_ema_decay_warms_up() -> None:

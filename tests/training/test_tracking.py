@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import socket
+import struct
 import sys
 import threading
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -82,6 +86,51 @@ def test_wandb_offline_keeps_its_run_id_and_takes_vectors(tmp_path: Path, monkey
     assert ids == {run_id(tmp_path)}
 
 
+def wandb_records(path: Path) -> Iterator[Any]:
+    """What a ``*.wandb`` file holds: protobuf messages in LevelDB's log format, after a header of seven bytes."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    content, position, message = path.read_bytes(), 7, b""
+    while position + 7 <= len(content):
+        left = 2**15 - position % 2**15
+        if left < 7:  # the end of a block is too short for a chunk
+            position += left
+            continue
+        length, kind = struct.unpack("<HB", content[position + 4 : position + 7])
+        message += content[position + 7 : position + 7 + length]
+        position += 7 + length
+        if kind in (1, 4):  # a whole message, or the last part of one
+            record = Record()
+            record.ParseFromString(message)
+            yield record
+            message = b""
+
+
+def test_wandb_keeps_what_is_logged_again_from_an_earlier_step_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    tracker = open_tracker(tiny_config(tmp_path, tmp_path, tracking__wandb="offline"), tmp_path)
+    logged = [(7, 0.5), (8, 0.4), (5, 0.6), (6, 0.55)]
+    for step, loss in logged:
+        tracker.log({"kind": "train", "step": step, "loss": loss})
+    tracker.finish()
+    assert events.snapshot() == {}
+    [path] = (tmp_path / "wandb").glob("offline-run-*/*.wandb")
+    found = list(wandb_records(path))
+    rows = [
+        {"/".join(item.nested_key) or item.key: json.loads(item.value_json) for item in record.history.item}
+        for record in found
+        if record.HasField("history")
+    ]
+    assert [(row["step"], row["train/loss"]) for row in rows] == logged
+    assert {
+        record.metric.glob_name or record.metric.name: record.metric.step_metric
+        for record in found
+        if record.HasField("metric")
+    }["*"] == "step", "curves are drawn over our own steps"
+
+
 def test_wandb_takes_pictures_and_videos(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_MODE", "offline")
     (tmp_path / "samples").mkdir()
@@ -133,6 +182,11 @@ def test_names_and_numbers_of_a_record() -> None:
     assert tracking._scalars(record) == {"validation/loss": 0.5, "validation/by/00": 1.0, "validation/by/01": 2.0}
 
 
+def test_what_is_unknown_in_a_list_leaves_the_rest_of_it() -> None:
+    record = {"kind": "train", "step": 3, "loss_per_timestep": [None, 0.5, 2], "table": [[1.0, None], [2.0, 3.0]]}
+    assert tracking._scalars(record) == {"train/loss_per_timestep/01": 0.5, "train/loss_per_timestep/02": 2.0}
+
+
 @pytest.mark.parametrize(
     ("configured", "asked", "mode"),
     [
@@ -147,9 +201,10 @@ def test_the_environment_can_keep_wandb_off_the_network(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, configured: str, asked: str | None, mode: str
 ) -> None:
     modes: list[str] = []
+    run = SimpleNamespace(log=None, finish=lambda: None, define_metric=lambda *names, **options: None)
     wandb = SimpleNamespace(
         Settings=lambda **options: None,
-        init=lambda mode, **options: modes.append(mode) or SimpleNamespace(log=None, finish=lambda: None),
+        init=lambda mode, **options: modes.append(mode) or run,
     )
     monkeypatch.setitem(sys.modules, "wandb", wandb)
     monkeypatch.delenv("WANDB_MODE", raising=False)

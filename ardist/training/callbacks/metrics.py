@@ -28,7 +28,7 @@ class MetricsLog(Callback):
         self._first = True
 
     def on_start(self, trainer: Trainer) -> None:
-        trainer.window = Window()
+        trainer.window = Window(trainer.window.longest)
 
     def after_step(self, trainer: Trainer) -> None:
         due = trainer.step % trainer.config.training.log_every == 0 or trainer.step == trainer.total_steps
@@ -58,7 +58,7 @@ class MetricsLog(Callback):
         trainer.records.write(record)
         if trainer.world.is_main:
             _log.info("%s", console_line(record, trainer.total_steps))
-        trainer.window = Window()
+        trainer.window = Window(trainer.window.longest)
 
 
 def _number(outcome: StepOutcome) -> float | None:
