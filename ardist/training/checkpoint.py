@@ -81,6 +81,9 @@ class CheckpointWriter:
         self.world: World = fragments.world
         self.last_saved: int | None = None
         self.blocked_seconds = 0.0
+        """How long the last save kept the loop: the wait for the write before it, and the snapshot."""
+        self.waited_seconds = 0.0
+        """The first of these two."""
         # The writing thread talks to its peers over a group of its own, so that it never meets the loop's collectives.
         self._group = dist.new_group(backend="gloo", timeout=self.world.timeout) if self.world.size > 1 else None
         # Names of writes are counted, not agreed on: a save must not wait for the slowest rank.
@@ -95,11 +98,15 @@ class CheckpointWriter:
     def save(self, snapshot: Snapshot, *, wait: bool = False) -> None:
         """Take a snapshot and write it in the background; with `wait`, return when it is committed.
 
-        Waits first for a write still under way. Raises `CheckpointError` only with `wait`; a failed background write
-        is counted as ``checkpoint.failed`` and leaves the older checkpoints alone.
+        Waits first for a write still under way, which is counted as ``checkpoint.waited``. Raises `CheckpointError` only
+        with `wait`; a failed background write is counted as ``checkpoint.failed`` and leaves the older checkpoints alone.
         """
-        self.wait()
         began = time.monotonic()
+        late = self._thread is not None and self._thread.is_alive()
+        self.wait()
+        self.waited_seconds = time.monotonic() - began
+        if late:
+            events.count("checkpoint.waited", step=snapshot.step, seconds=f"{self.waited_seconds:.3f}")
         self._writes += 1
         write = self.store.new_write(snapshot.step, f"{self._nonce}{self._writes:04x}")
         tensors = self._host.take()

@@ -64,7 +64,7 @@ class Records:
             "world_size": trainer.world.size,
             "zero_stage": trainer.config.training.zero_stage,
             "last_checkpoint": trainer.writer.last_saved,
-            "checkpoint_blocked_seconds": trainer.writer.blocked_seconds,
+            "checkpoint_blocked_seconds": history.blocked_seconds,
             "events": dict(sorted(counts.items())),
             **{f"last_{kind}": _scalars(record) for kind, record in self.last.items()},
         }

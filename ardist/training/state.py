@@ -32,11 +32,12 @@ _log = logging.getLogger("ardist.training")
 @dataclass
 class History:
     """Totals over all sessions of a run. Useful time is that of steps which are part of the result; samples are those
-    of all steps, the skipped ones too."""
+    of all steps, the skipped ones too; for blocked seconds the loop stood still for a checkpoint."""
 
     skipped_steps: int = 0
     samples: int = 0
     useful_seconds: float = 0.0
+    blocked_seconds: float = 0.0
     sessions: int = 1
     earlier_seconds: float = 0.0
     earlier_events: dict[str, int] = field(default_factory=dict)
@@ -52,6 +53,7 @@ class History:
             "skipped_steps": self.skipped_steps,
             "samples": self.samples,
             "useful_seconds": self.useful_seconds,
+            "blocked_seconds": self.blocked_seconds,
             "wall_seconds": self.wall_seconds(),
             "sessions": self.sessions,
             "events": dict(Counter(self.earlier_events) + Counter(events.snapshot())),
@@ -61,6 +63,7 @@ class History:
         """Add to the totals of an earlier session."""
         self.skipped_steps = int(saved["skipped_steps"])
         self.useful_seconds = float(saved["useful_seconds"])
+        self.blocked_seconds = float(saved.get("blocked_seconds", 0.0))  # not counted by older versions
         self.sessions = int(saved["sessions"]) + 1
         self.earlier_seconds = float(saved["wall_seconds"])
         self.earlier_events = dict(saved["events"])

@@ -221,6 +221,19 @@ def test_an_unforeseen_error_of_one_writer_is_counted_and_keeps_no_peer_waiting(
     assert newest_valid(tmp_path / "checkpoints")[1].step == STEPS
 
 
+def test_the_time_that_checkpoints_take_from_the_loop_is_recorded_over_all_sessions(tmp_path: Path, data: Path) -> None:
+    for stop in (3, None):
+        config = config_of(tmp_path, data, training__steps=5, checkpoint__every=2, training__stop_after=stop)
+        run_ranks(train_outcome, 1, config)
+    saves = records(tmp_path, "save")
+    assert sorted(saves) == [2, 3, 4, 5]
+    assert all(0 <= save["waited_seconds"] <= save["blocked_seconds"] for save in saves.values())
+    counted = json.loads((tmp_path / "summary.json").read_text())["checkpoint_blocked_seconds"]
+    # The save of step 3 itself is in the record of the run, but not in the checkpoint that the resume goes on from.
+    recorded = [saves[step]["blocked_seconds"] for step in (2, 4, 5)]
+    assert counted >= sum(recorded) > 0
+
+
 def test_the_last_checkpoint_is_insisted_on(tmp_path: Path, data: Path) -> None:
     fault = {"ARDIST_FAULT": "raise@checkpoint.before_commit#1:5"}
     config = config_of(tmp_path, data, training__steps=2)

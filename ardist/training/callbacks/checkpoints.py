@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from ardist.errors import CheckpointError
@@ -24,14 +26,28 @@ class Checkpoints(Callback):
         due = trainer.step % trainer.config.checkpoint.every == 0 and trainer.step < trainer.total_steps
         if due and trainer.writer.last_saved != trainer.step:
             with trainer.outside_of_training():
-                trainer.writer.save(snapshot(trainer))
+                with self._standing_still(trainer):
+                    trainer.writer.save(snapshot(trainer))
                 trainer.records.write_summary()
 
     def on_end(self, trainer: Trainer) -> None:
         with trainer.outside_of_training():
+            began = time.perf_counter()
             trainer.writer.wait()
+            trainer.history.blocked_seconds += time.perf_counter() - began
             if trainer.writer.last_saved != trainer.step:
-                self._insist(trainer)
+                with self._standing_still(trainer):
+                    self._insist(trainer)
+
+    @contextmanager
+    def _standing_still(self, trainer: Trainer) -> Iterator[None]:
+        """Record how long a save keeps the loop, and how much of that is a wait for the write before it."""
+        began = time.perf_counter()
+        yield
+        seconds = time.perf_counter() - began
+        trainer.history.blocked_seconds += seconds
+        record = {"kind": "save", "step": trainer.step, "blocked_seconds": seconds}
+        trainer.records.write(record | {"waited_seconds": trainer.writer.waited_seconds, "time": time.time()})
 
     def _insist(self, trainer: Trainer) -> None:
         """The last save decides whether the run may be called safe, so it is tried again."""
