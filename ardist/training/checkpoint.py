@@ -98,8 +98,9 @@ class CheckpointWriter:
     def save(self, snapshot: Snapshot, *, wait: bool = False) -> None:
         """Take a snapshot and write it in the background; with `wait`, return when it is committed.
 
-        Waits first for a write still under way, which is counted as ``checkpoint.waited``. Raises `CheckpointError` only
-        with `wait`; a failed background write is counted as ``checkpoint.failed`` and leaves the older checkpoints alone.
+        Waits first for a write still under way, which is counted as ``checkpoint.waited``. Raises `CheckpointError`
+        only with `wait`; a failed background write is counted as ``checkpoint.failed`` and leaves the older
+        checkpoints alone.
         """
         began = time.monotonic()
         late = self._thread is not None and self._thread.is_alive()

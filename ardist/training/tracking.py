@@ -172,7 +172,8 @@ def _scalars(record: dict[str, Any]) -> dict[str, float]:
 
     Tables, lists of lists, are for metrics.jsonl and the report: at a tracker each of their cells would be a curve.
     """
-    kind, named = record.get("kind", "train"), {}
+    kind = record.get("kind", "train")
+    named: dict[str, float] = {}
     for name, value in record.items():
         if name in ("kind", "step", "time"):
             continue

@@ -276,7 +276,9 @@ def write_checkpoint(run_dir: Path, config: TrainConfig, **changes: Any) -> None
     [
         ({"denoiser__depth": 3}, "denoiser: .*step 5.*depth 2 -> 3"),
         ({"diffusion__target": "v"}, "diffusion.target: .*'x0' -> 'v'"),
-        ({"training__ema_decays": [0.9, 0.99]}, r"\[0.9\] has no \[0.99\]"),
+        ({"training__ema_decays": [0.9, 0.99]}, r"training.ema_decays: .*\[0.9\] -> \[0.9, 0.99\]"),
+        ({"training__ema_decays": [0.99]}, r"\[0.9\] -> \[0.99\]"),
+        ({"training__ema_decays": []}, r"\[0.9\] -> \[\]"),
     ],
 )
 def test_the_checkpoint_of_another_run_is_refused(
