@@ -6,8 +6,10 @@
 The bare loops get batches from memory, plain random noise and timesteps, and do nothing besides the step: no loader,
 no EMA, no log, no checkpoint, no signals. Contenders take turns within each round of steps, so that a change of the
 machine's pace meets all of them; the table holds medians over rounds (``bare``: bare DeepSpeed; ``ours/bare``: of the
-ratios within a round). Beside the rates, in rounds of their own, as shares of our step: what the loop does itself,
-outside of the model, the optimiser, the averages and the loader (``host``), and the wait for data.
+ratios within a round; ``by cpu``: the same of rank 0's processor time, which leaves out what it waits and hardly
+changes on a busy machine; with a GPU it is the host's work). Beside the rates, in rounds of their own, as shares of our
+step: what the loop does itself, outside of the model, the optimiser, the averages and the loader (``host``), and the
+wait for data.
 
 A second table has what a checkpoint costs the loop at about 50 million parameters (``--save-preset none`` leaves it
 out): the time it is blocked, of the first save and the median of later ones, beside a plain copy of the same bytes.
@@ -264,12 +266,18 @@ def measure_stage(options: argparse.Namespace, folder: Path, stage: int, world: 
     for step in contenders.values():
         timed(step, 2, world)
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
+    processor: dict[str, list[float]] = {name: [] for name in contenders}
     names = list(contenders)
     for turn in range(options.rounds):
         for name in names[turn % 3 :] + names[: turn % 3]:
+            began = time.process_time()
             seconds[name].append(timed(contenders[name], options.steps, world))
+            processor[name].append(time.process_time() - began)
     row = {name: 1 / statistics.median(values) for name, values in seconds.items()}
-    paired = [bare / mine for mine, bare in zip(seconds["ours"], seconds["deepspeed"], strict=True)]
+    paired, by_processor = (
+        [bare / mine for mine, bare in zip(spent["ours"], spent["deepspeed"], strict=True)]
+        for spent in (seconds, processor)
+    )
     parts = [shares(trainer, options.steps, world) for _ in range(3)]
     trainer.close()
     assert config.denoiser is not None
@@ -277,6 +285,7 @@ def measure_stage(options: argparse.Namespace, folder: Path, stage: int, world: 
         "stage": stage,
         **row,
         "ours_of_deepspeed": statistics.median(paired),
+        "ours_of_deepspeed_by_processor": statistics.median(by_processor),
         **{name: statistics.median(part[name] for part in parts) for name in parts[0]},
         "parameters": sum(p.numel() for p in Denoiser(config.denoiser).parameters()),
     }
@@ -339,13 +348,15 @@ def rank_main(options: argparse.Namespace, folder: Path) -> None:
         title=f"steps/s: {options.preset}, {rows[0]['parameters'] / 1e6:.1f} M parameters, {options.precision}, "
         f"{world.size} ranks on {world.device.type}, batch {options.batch} x {options.frames} x {options.tokens}"
     )
-    for head in ("ZeRO", "ours", "bare DeepSpeed", "DDP", "ours / bare", "ours / DDP", "host", "data wait"):
+    heads = ("ZeRO", "ours", "bare", "DDP", "ours / bare", "by cpu", "ours / DDP", "host", "data wait")
+    for head in heads:
         table.add_column(head, justify="right")
     for row in rows:
         table.add_row(
             str(row["stage"]),
             *(f"{row[name]:.2f}" for name in ("ours", "deepspeed", "ddp")),
             f"{row['ours_of_deepspeed']:.2f}",
+            f"{row['ours_of_deepspeed_by_processor']:.2f}",
             f"{row['ours'] / row['ddp']:.2f}",
             f"{row['host']:.1%}",
             f"{row['data_wait']:.1%}",
