@@ -97,6 +97,8 @@ def wandb_records(path: Path) -> Iterator[Any]:
             position += left
             continue
         length, kind = struct.unpack("<HB", content[position + 4 : position + 7])
+        if position + 7 + length > len(content):
+            return  # still being written
         message += content[position + 7 : position + 7 + length]
         position += 7 + length
         if kind in (1, 4):  # a whole message, or the last part of one
@@ -117,7 +119,12 @@ def test_wandb_keeps_what_is_logged_again_from_an_earlier_step_on(
     tracker.finish()
     assert events.snapshot() == {}
     [path] = (tmp_path / "wandb").glob("offline-run-*/*.wandb")
+    end = time.monotonic() + 60
     found = list(wandb_records(path))
+    while not any(record.HasField("exit") for record in found):
+        assert time.monotonic() < end, "the process that writes the file never closed it"
+        time.sleep(0.05)
+        found = list(wandb_records(path))
     rows = [
         {"/".join(item.nested_key) or item.key: json.loads(item.value_json) for item in record.history.item}
         for record in found
