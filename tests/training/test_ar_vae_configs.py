@@ -25,7 +25,8 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
 def test_there_are_both_stages_of_four_datasets() -> None:
     names = {f"{path.parent.name}/{path.stem}" for path in PUBLISHED}
     assert names == {f"{data}/ar_vae_stage{stage}" for data in LEARNING_RATES for stage in (1, 2)} | {
-        "quickstart/ar_vae"
+        "quickstart/ar_vae",
+        "quickstart/ar_vae_stage2",
     }
 
 

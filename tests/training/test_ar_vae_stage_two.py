@@ -135,6 +135,16 @@ def test_validation_looks_at_the_clips(second: Path) -> None:
         assert (second / "samples" / f"reconstruction-{STEPS:08d}.{suffix}").stat().st_size > 500
 
 
+def test_the_loss_of_a_clip_has_its_flicker_term(tmp_path: Path, data: Path, first: Path, second: Path) -> None:
+    """With its weight in the sum, and none of it in a run without one."""
+    run = train_on(2, tmp_path, data, first, ar_vae_loss__flicker_weight=4.0, training__steps=1)
+    terms = records(run)[1]
+    assert terms["flicker"] > 1e-3
+    assert terms["l1"] == pytest.approx(losses(second)[0], abs=1e-6)
+    assert terms["loss"] == pytest.approx(terms["l1"] + 4.0 * terms["flicker"], abs=1e-6)
+    assert "flicker" not in records(second)[1]
+
+
 def test_what_goes_wrong_beside_training_is_counted(tmp_path: Path, data: Path) -> None:
     """A channel that says nothing, and a folder for pictures that cannot be written to."""
     config = ar_vae_config(
