@@ -10,7 +10,7 @@ import pytest
 import torch
 from ar_vae_runs import ar_vae_config, ar_vae_settings, stage_two, write_clips
 from pydantic import ValidationError
-from ranks import run_ranks
+from ranks import Ranks, run_ranks
 from tiny import losses, records, train_outcome, weights
 
 from ardist.config import TrainConfig
@@ -19,6 +19,7 @@ from ardist.errors import ConfigError
 from ardist.models.weights import load_ar_vae
 from ardist.training import augmentation
 from ardist.training.callbacks import Callback
+from ardist.training.commit import newest_valid
 from ardist.training.engine import StepOutcome
 from ardist.training.export import export_bundle
 from ardist.training.preflight import check_run
@@ -123,6 +124,17 @@ def test_a_bad_step_changes_nothing(tmp_path: Path, data: Path, first: Path) -> 
     train_on(2, tmp_path, data, first, bad, training__steps=3, checkpoint__every=2)
     assert equal(weights(tmp_path, step=2), weights(tmp_path, step=3))
     assert json.loads((tmp_path / "summary.json").read_text())["events"]["training.skipped_step"] == 1
+
+
+def test_killed_while_a_checkpoint_is_written(tmp_path: Path, data: Path, first: Path, second: Path) -> None:
+    config = stage_two(tmp_path, data, first, **FAST, checkpoint__every=2)
+    fault = {"ARDIST_FAULT": "kill@checkpoint.after_part/0#2"}  # in the save after the last step
+    outcomes = Ranks(train_outcome, 2, config, env=fault).wait(300)
+    assert outcomes[0].exit_code == -9
+    assert newest_valid(tmp_path / "checkpoints")[1].step == 2
+    train_on(2, tmp_path, data, first)
+    assert losses(tmp_path)[-2:] == losses(second)[-2:]
+    assert equal(weights(tmp_path), weights(second))
 
 
 def test_validation_looks_at_the_clips(second: Path) -> None:
