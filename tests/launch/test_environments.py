@@ -9,11 +9,12 @@ from pathlib import Path
 
 import pytest
 import yaml
-from ranks import free_port, run_ranks
+from ranks import run_ranks
 from tiny import losses, sample_ids, settings, train_outcome, weights, write_latents
 from two_nodes import wait_until
 
 from ardist.config import TrainConfig
+from ardist.launch.local import hold_port
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
@@ -66,7 +67,9 @@ def test_hash_seeds_locales_and_listings_that_differ_between_ranks_change_nothin
     (tmp_path / "site" / "sitecustomize.py").write_text(LISTING)
     config = folder / "lauf ☃.yaml"
     config.write_text(yaml.safe_dump(values("different"), allow_unicode=True), encoding="utf-8")
-    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2", "LOCAL_SIZE": "2"}
+    holder = hold_port(0)
+    port = str(holder.getsockname()[1])
+    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "LOCAL_SIZE": "2"}
     root = Path(__file__).resolve().parents[2]
     ranks = []
     for rank, own in enumerate(ENVIRONMENTS):
@@ -81,6 +84,7 @@ def test_hash_seeds_locales_and_listings_that_differ_between_ranks_change_nothin
         for rank in ranks:
             rank.kill()  # one that is left alone would wait for the other
             rank.wait()
+        holder.close()
     said = [(tmp_path / f"said-{rank}").read_text(encoding="utf-8", errors="replace") for rank in range(2)]
     assert [rank.returncode for rank in ranks] == [0, 0], "\n".join(said)
     assert not any("Traceback" in text or "Logging error" in text for text in said), "\n".join(said)
