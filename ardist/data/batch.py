@@ -16,6 +16,9 @@ HEADER_ROOM: Final = 512
 """Bytes kept for the npy header of a row; the longest that is read."""
 
 
+_OBJECTS_PER_ROW: Final = 1024
+"""Bytes of the Python objects that stand for a row: views of its header and of its values."""
+
 _PIECE: Final = 64 * 1024
 """Numbers that are looked at at once; twice as many bytes fit in any second-level cache."""
 
@@ -102,7 +105,7 @@ class RowBuffer:
     ) -> int:
         """Memory that one buffer takes."""
         context = 0 if context_shape is None else RowBuffer.bytes_for(rows, context_shape, CONTEXT_DTYPE)
-        return rows * (math.prod(shape) * NUMPY_DTYPES[dtype].itemsize + HEADER_ROOM + 16) + context
+        return rows * (math.prod(shape) * NUMPY_DTYPES[dtype].itemsize + HEADER_ROOM + _OBJECTS_PER_ROW + 16) + context
 
     def nonfinite_rows(self, first: int, last: int) -> list[int]:
         """Which of the rows [first, last) hold an infinity or NaN: an exponent of all ones."""

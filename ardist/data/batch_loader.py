@@ -28,14 +28,14 @@ from ardist.data.steps import Block, Step
 from ardist.data.window_arena import ArenaClosedError
 from ardist.errors import ConfigError
 
-_MOST_BATCHES: Final = 32
-"""Batches in memory; more of them would only be older."""
+_MOST_BATCHES: Final = 64
+"""Batches in buffers; more of them would only be older."""
 
-_BLOCK_BYTES: Final = 4 * 2**20
+_BLOCK_BYTES: Final = 16 * 2**20
 """Up to which size batches are read together: planning and handing over cost as much for many as for one."""
 
-_LEAST_BUFFERS: Final = 4
-"""Blocks that must have room: one for the consumer, and as many ahead as keep the threads busy."""
+_LEAST_BUFFERS: Final = 2
+"""Blocks that must have room: one for the consumer and one that is filled."""
 
 Layout: TypeAlias = tuple[tuple[int, ...], SampleDtype, tuple[int, ...] | None]
 """What decides which samples may stand in one buffer: shape, dtype, and the context's shape."""

@@ -45,8 +45,11 @@ class WindowRows:
         self.dtype: SampleDtype = dtype
         self.header = np.frombuffer(npy_header(shape, dtype), np.uint8)
         self.member_size = len(self.header) + math.prod(shape) * NUMPY_DTYPES[dtype].itemsize
-        self.values = torch.empty((rows, *shape), dtype=TORCH_DTYPES[dtype], pin_memory=pinned)
-        dense = self.values.view(rows, -1).view(torch.uint8)
+        size = self.member_size - len(self.header)
+        # NumPy asks the system for large pages, torch does not: with small ones the first window costs twice the time.
+        dense = torch.from_numpy(np.empty((rows, size), np.uint8))
+        dense = dense.pin_memory() if pinned else dense
+        self.values = dense.view(TORCH_DTYPES[dtype]).view(rows, *shape)
         self.raw: npt.NDArray[np.uint8] = dense.numpy()
         self._words = dense.view(torch.int64) if dense.shape[1] % 8 == 0 else dense
         self.keys = np.zeros(rows, np.uint64)
