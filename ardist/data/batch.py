@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Final, NamedTuple, cast
+from typing import Any, Final, NamedTuple, TypeAlias, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -14,6 +15,10 @@ from ardist.data.sample import CONTEXT_DTYPE, NUMPY_DTYPES, TORCH_DTYPES, Sample
 
 HEADER_ROOM: Final = 512
 """Bytes kept for the npy header of a row; the longest that is read."""
+
+
+Layout: TypeAlias = tuple[tuple[int, ...], SampleDtype, tuple[int, ...] | None]
+"""What decides which samples may stand in one buffer: shape, dtype, and the context's shape."""
 
 
 _OBJECTS_PER_ROW: Final = 1024
@@ -93,11 +98,10 @@ class RowBuffer:
         shape = self.context_shape
         self.context = None if shape is None else RowBuffer(self.rows, shape, CONTEXT_DTYPE, self.pinned)
 
-    def part(self, first: int, last: int) -> Rows:
-        """The rows [first, last), in this memory."""
-        rows = slice(first, last)
-        context = None if self.context is None else self.context.values[rows]
-        return Rows(self.values[rows], self.keys[rows], self.class_ids[rows], context)
+    def all_rows(self) -> Rows:
+        """What it holds, in this memory."""
+        context = None if self.context is None else self.context.values
+        return Rows(self.values, self.keys, self.class_ids, context)
 
     @staticmethod
     def bytes_for(
@@ -120,6 +124,26 @@ class RowBuffer:
             masked = np.bitwise_and(pieces, mask, out=self._scratch[: len(pieces)])
             found += ((low + np.flatnonzero(masked.max(axis=1) == mask)) // per_row).tolist()
         return sorted(set(found))
+
+
+class BlockMemory:
+    """Memory for those steps of a block whose rows do not lie in memory already; each step's is made when first needed.
+
+    Belongs to one block at a time and is reused by the next.
+    """
+
+    def __init__(self, rows: Mapping[Layout, int], *, pinned: bool) -> None:
+        self._rows, self._pinned = rows, pinned
+        self._made: dict[tuple[int, Layout], RowBuffer] = {}
+
+    def of(self, step: int, layout: Layout) -> RowBuffer:
+        """For the batch of the block's step number `step`, whose samples have this layout."""
+        buffer = self._made.get((step, layout))
+        if buffer is None:
+            shape, dtype, context = layout
+            buffer = RowBuffer(self._rows[layout], shape, dtype, self._pinned, context)
+            self._made[step, layout] = buffer
+        return buffer
 
 
 def _pieces_per_row(count: int) -> int:

@@ -9,7 +9,7 @@ import time
 import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Final, TypeAlias
+from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
@@ -17,29 +17,24 @@ import torch
 
 from ardist import fault
 from ardist.config.data import DataConfig
-from ardist.data.batch import Batch, RowBuffer, Rows
+from ardist.data.batch import Batch, BlockMemory, Layout, RowBuffer, Rows
 from ardist.data.dataset_stream import DatasetStream
 from ardist.data.health import SampleHealth, Substitution
 from ardist.data.manifest import Manifest
 from ardist.data.pipeline import OrderedPipeline
-from ardist.data.sample import SampleDtype
 from ardist.data.sanity import LatentSanity
 from ardist.data.steps import Block, Step
 from ardist.data.window_arena import ArenaClosedError
 from ardist.errors import ConfigError
 
-_MOST_BATCHES: Final = 64
-"""Batches in buffers; more of them would only be older."""
+_MOST_BLOCKS: Final = 64
+"""Blocks ahead of the consumer; more of them would only be older."""
 
-_BLOCK_BYTES: Final = 16 * 2**20
-"""Up to which size batches are read together: planning and handing over cost as much for many as for one."""
+_MOST_STEPS: Final = 256
+"""Steps of a block: planning and handing over cost as much for many as for one."""
 
-_LEAST_BUFFERS: Final = 2
+_LEAST_BLOCKS: Final = 2
 """Blocks that must have room: one for the consumer and one that is filled."""
-
-Layout: TypeAlias = tuple[tuple[int, ...], SampleDtype, tuple[int, ...] | None]
-"""What decides which samples may stand in one buffer: shape, dtype, and the context's shape."""
-
 
 _open: weakref.WeakSet[BatchLoader] = weakref.WeakSet()
 
@@ -104,13 +99,14 @@ class BatchLoader(ABC):
         self.global_batch_sizes = tuple(batches or [global_batch_size] * len(streams))
         self._health = SampleHealth(config.max_bad_fraction)
         self._sanity = [LatentSanity(stream.manifest, stream.path) for stream in self.streams]
+        # Datasets that are mixed have the same classes.
+        self._labelled = self.streams[0].num_classes is not None
         self._rows = buffer_rows([stream.manifest for stream in self.streams], self.global_batch_sizes, world_size)
-        self._shapes = list(self._rows)
         self._whole_windows = [False] * len(self.streams)
         room = self._count_batches()
         self._steps_at_once = self._count_steps_at_once(room)
-        self._buffer_count = room // self._steps_at_once
-        self._pipeline: OrderedPipeline[Block, list[RowBuffer]] | None = None
+        self._blocks = min(room // self._steps_at_once, _MOST_BLOCKS)
+        self._pipeline: OrderedPipeline[Block, BlockMemory] | None = None
         self._block: Block | None = None
         self._next_of_block = 0
         self._planned: Any = None
@@ -162,12 +158,14 @@ class BatchLoader(ABC):
         if step.failure is not None:
             raise step.failure
         assert step.samples is not None
-        batch = self._batch(step, step.samples)
-        self._health.served(functools.partial(self._lanes, step), len(batch.values), step.substitutions)
+        batch, count = self._batch(step, step.samples), len(step.samples.keys)
+        self._health.served(functools.partial(self._lanes, step), count, step.substitutions)
         for piece in step.pieces:
-            self._sanity[piece.dataset].look(batch.values[piece.slot : piece.slot + len(piece.places.positions)])
+            sanity = self._sanity[piece.dataset]
+            if sanity.batches_left:
+                sanity.look(batch.values[piece.rows])
         self._consume(step.after)
-        self._samples += len(batch.values)
+        self._samples += count
         self._bytes += batch.values.nbytes + (0 if batch.context is None else batch.context.nbytes)
         return batch
 
@@ -191,17 +189,13 @@ class BatchLoader(ABC):
                 self.streams[piece.dataset].let_go(piece.taken)
 
     def _batch(self, step: Step, samples: Rows) -> Batch:
-        labelled = any(self.streams[piece.dataset].num_classes is not None for piece in step.pieces)
         return Batch(
             values=samples.values,
             sample_ids=torch.from_numpy(samples.keys.view(np.int64).copy()),
             epoch=step.epoch,
-            class_ids=torch.from_numpy(samples.class_ids.copy()) if labelled else None,
+            class_ids=torch.from_numpy(samples.class_ids.copy()) if self._labelled else None,
             context=samples.context,
         )
-
-    def _buffer_of(self, step: Step) -> int:
-        return self._shapes.index(_layout(self.streams[step.pieces[0].dataset].manifest))
 
     def _lanes(self, step: Step) -> npt.NDArray[np.int64]:
         """A number for the lane of every row, different for every dataset."""
@@ -220,10 +214,9 @@ class BatchLoader(ABC):
         for stream, whole, batch in zip(self.streams, self._whole_windows, self.global_batch_sizes, strict=True):
             stream.begin(whole_windows=whole, batch=batch)
         # From windows in memory one thread copies faster than two, which would wait for Python's lock in turns.
-        threads = 1 if all(self._whole_windows) else min(self.config.fetch_threads, self._buffer_count - 1)
-        self._pipeline = OrderedPipeline(
-            self._plan, self._fill, self._make_buffer, self._buffer_count, threads, "ardist-read"
-        )
+        threads = 1 if all(self._whole_windows) else min(self.config.fetch_threads, self._blocks - 1)
+        memories = [BlockMemory(self._rows, pinned=torch.cuda.is_available()) for _ in range(self._blocks)]
+        self._pipeline = OrderedPipeline(self._plan, self._fill, memories, threads, "ardist-read")
 
     def _leave_parent(self) -> None:
         """In a process made by a fork: the parent's threads are not here, and its locks may never open."""
@@ -232,26 +225,18 @@ class BatchLoader(ABC):
             for stream in self.streams:
                 stream.after_fork()
 
-    def _make_buffer(self) -> list[RowBuffer]:
-        """Room for one block of any of the datasets."""
-        pinned, steps = torch.cuda.is_available(), self._steps_at_once
-        return [
-            RowBuffer(steps * rows, shape, dtype, pinned, context)
-            for (shape, dtype, context), rows in self._rows.items()
-        ]
-
     def _plan(self) -> Block:
         block = self._plan_block(self._planned, self._steps_at_once)
         self._planned = block.after
         return block
 
-    def _fill(self, block: Block, buffers: list[RowBuffer]) -> None:
+    def _fill(self, block: Block, memory: BlockMemory) -> None:
         block.in_windows = True
         try:
             self._find_in_windows(block)
             for number, step in enumerate(block.steps):
                 if step.samples is None and step.failure is None:
-                    self._fill_step(step, buffers[self._buffer_of(step)], number * block.rows, block.rows)
+                    self._fill_step(step, memory, number)
         finally:
             if not block.served_in_place:
                 self._let_go(block)
@@ -261,7 +246,7 @@ class BatchLoader(ABC):
         try:
             fault.point("data.fill")
             if len(block.pieces) == 1:
-                found = self.streams[block.pieces[0].dataset].slices(block.pieces[0].taken, block.rows)
+                found = self.streams[block.pieces[0].dataset].slices(block.pieces[0].taken)
                 for step, samples in zip(block.steps, found, strict=True):
                     step.samples = samples
                     block.served_in_place |= samples is not None
@@ -270,31 +255,30 @@ class BatchLoader(ABC):
         except Exception as error:  # noqa: BLE001 - raised again in the consumer's thread, when its turn has come
             block.steps[0].failure = error
 
-    def _fill_step(self, step: Step, buffer: RowBuffer, first: int, rows: int) -> None:
-        """Copy or read the rows of one step into those of `buffer` from `first` on."""
+    def _fill_step(self, step: Step, memory: BlockMemory, number: int) -> None:
+        """Copy or read the rows of one step, the block's step `number`, into memory of its own."""
         try:
+            buffer = memory.of(number, _layout(self.streams[step.pieces[0].dataset].manifest))
             for piece in step.pieces:
                 stream = self.streams[piece.dataset]
-                for row, substitution in stream.fill(piece.epoch, piece.taken, buffer, first + piece.slot).items():
-                    step.substitutions[row - first] = substitution
+                step.substitutions |= stream.fill(piece.epoch, piece.taken, buffer, piece.slot)
         except ArenaClosedError:
             raise
         except Exception as error:  # noqa: BLE001 - raised again in the consumer's thread, when its turn has come
             step.failure = error
         else:
-            step.samples = buffer.part(first, first + rows)
+            step.samples = buffer.all_rows()
 
     def _count_batches(self) -> int:
         """Batches that fit in the bound: one for the consumer and at least one to read ahead."""
         size = buffer_bytes(self._rows, self.config.prefetch_bytes)
-        return min((self.config.prefetch_bytes - self._arena_bytes(size)) // size, _MOST_BATCHES)
+        return (self.config.prefetch_bytes - self._arena_bytes(size)) // size
 
     def _count_steps_at_once(self, batches: int) -> int:
         """Steps of a block: 1 in a mixture, and where there are no whole windows in memory to copy them from."""
         if len(self.streams) > 1 or not all(self._whole_windows):
             return 1
-        size = sum(RowBuffer.bytes_for(count, *layout) for layout, count in self._rows.items())
-        return max(1, min(batches // _LEAST_BUFFERS, _BLOCK_BYTES // size))
+        return max(1, min(batches // _LEAST_BLOCKS, _MOST_STEPS))
 
     def _arena_bytes(self, size: int) -> int:
         """Memory for reading whole windows ahead beside batches of `size` bytes: 0 where it does not fit or pay."""

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import resource
 import threading
-from collections.abc import Iterator, Mapping
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Mapping
 
 import numpy as np
 import numpy.typing as npt
@@ -19,6 +18,7 @@ from ardist.data.order import LaneOrder, Places
 from ardist.data.read_ahead import ReadAhead
 from ardist.data.reader import BadSample, SampleReader
 from ardist.data.remote_source import open_source
+from ardist.data.run_reader import piece_bytes
 from ardist.data.source import missing_or_resized
 from ardist.data.window_arena import Window, WindowArena
 from ardist.errors import DataError
@@ -27,11 +27,38 @@ from ardist.events import events
 _MAX_TRIES = 96
 
 
-class Taken(NamedTuple):
-    """Where the samples of a batch are, and the windows in memory that are kept for it."""
+class Taken:
+    """Slots [start, stop) of so many consecutive batches of an epoch, and the windows that are kept for them.
 
-    places: Places
-    windows: tuple[Window, ...]
+    Where the slots' samples are is worked out when somebody asks: batches that lie in windows need it only where a
+    sample is not good.
+    """
+
+    def __init__(
+        self,
+        locate: Callable[..., Places],
+        batch: tuple[int, int, int],
+        slots: range,
+        batches: int = 1,
+        windows: tuple[Window, ...] = (),
+    ) -> None:
+        self._locate, self.batch, self.slots, self.batches, self.windows = locate, batch, slots, batches, windows
+        self._places: Places | None = None
+
+    def __len__(self) -> int:
+        return len(self.slots) * self.batches
+
+    @property
+    def places(self) -> Places:
+        """Of all slots, one batch after another."""
+        if self._places is None:
+            self._places = self._locate(*self.batch, self.slots.start, self.slots.stop, batches=self.batches)
+        return self._places
+
+    def one(self, number: int) -> Taken:
+        """The slots of one of the batches."""
+        epoch, consumed, count = self.batch
+        return Taken(self._locate, (epoch, consumed + number * count, count), self.slots, 1, self.windows)
 
 
 class DatasetStream:
@@ -83,34 +110,40 @@ class DatasetStream:
         return frozenset(gone)
 
     def take(self, epoch: int, consumed: int, count: int, start: int, stop: int, *, batches: int = 1) -> Taken:
-        """`LaneOrder.take`, and reading ahead for the lanes of these slots begins."""
-        with self._lock:
-            places = self.order.take(epoch, consumed, count, start, stop, batches=batches)
-        windows: tuple[Window, ...] = ()
-        if self._read_ahead is not None and len(places.positions):
-            first, last = consumed // self.order.lanes, (consumed + batches * count - 1) // self.order.lanes
-            if self._arena is not None:
-                self._arena.batches_begin_at(epoch, first)
-            lanes = places.positions // self.order.lane_length
+        """What `LaneOrder.take` gives, and reading ahead for the lanes of these slots begins."""
+        taken = Taken(self._places, (epoch, consumed, count), range(start, stop), batches)
+        if self._read_ahead is None or not len(taken):
+            return taken
+        first, last = consumed // self.order.lanes, (consumed + batches * count - 1) // self.order.lanes
+        if self._arena is None:
+            lanes = taken.places.positions // self.order.lane_length
             self._read_ahead.advance(epoch, first, range(int(lanes.min()), int(lanes.max()) + 1))
-            if self._arena is not None:
-                # Before the next window takes the place of one that this batch still needs.
-                windows = self._arena.hold(epoch, first // self.order.window, last // self.order.window)
-        return Taken(places, windows)
+        else:
+            self._arena.batches_begin_at(epoch, first)
+            self._read_ahead.advance(epoch, first, self._arena.lanes)
+            # Before the next window takes the place of one that this batch still needs.
+            taken.windows = self._arena.hold(epoch, first // self.order.window, last // self.order.window)
+        return taken
+
+    def _places(self, epoch: int, consumed: int, count: int, start: int, stop: int, *, batches: int) -> Places:
+        with self._lock:
+            return self.order.take(epoch, consumed, count, start, stop, batches=batches)
 
     def let_go(self, taken: Taken) -> None:
         """These places are filled and consumed, or never will be; once for what `take` gave."""
         if self._arena is not None:
             self._arena.let_go(taken.windows)
 
-    def slices(self, taken: Taken, size: int) -> list[Rows | None]:
-        """Per `size` of these places the memory in which they lie as they are to be served; None: `fill` it.
+    def slices(self, taken: Taken) -> list[Rows | None]:
+        """Per batch the memory in which its slots lie as they are to be served; None: `fill` it.
 
-        The memory is good until the places are let go of.
+        The memory is good until the slots are let go of.
         """
-        if self._arena is None or not taken.windows:
-            return [None] * (len(taken.places.positions) // size)
-        return self._arena.slices(taken.windows, taken.places, size)
+        _, consumed, count = taken.batch
+        lanes = self.order.lanes
+        if self._arena is None or len(taken.windows) != 1 or count % lanes or consumed % lanes:
+            return [None] * taken.batches
+        return self._arena.slices(taken.windows[0], consumed // lanes, count // lanes, taken.slots, taken.batches)
 
     def fill(self, epoch: int, taken: Taken, buffer: RowBuffer, slot: int) -> dict[int, Substitution]:
         """Fill the rows of `buffer` from `slot` on with good samples; returns the substitutions by row."""
@@ -153,8 +186,9 @@ class DatasetStream:
         """Memory that reading whole windows ahead takes; None where it would gain nothing."""
         if not self._lanes or self.manifest.context_shape is not None:
             return None
-        shape, dtype = self.manifest.shape, self.manifest.dtype
-        return WindowArena.bytes_for(len(self._lanes), min(self.order.window, self.order.lane_length), shape, dtype)
+        window, shape, dtype = min(self.order.window, self.order.lane_length), self.manifest.shape, self.manifest.dtype
+        memories = WindowArena.bytes_for(len(self._lanes), window, shape, dtype)
+        return None if memories is None else memories + self.config.fetch_threads * piece_bytes(window, shape, dtype)
 
     def begin(self, *, whole_windows: bool, batch: int) -> None:
         """Start reading ahead; `whole_windows`: into memory, laid out for batches of so many places of the stream."""

@@ -75,7 +75,7 @@ class StreamingLoader(BatchLoader):
         steps = max(1, min(most, in_window, (self._order.stream_length - consumed) // count))
         taken = self.streams[0].take(epoch, consumed, count, self.rank * rows, (self.rank + 1) * rows, batches=steps)
         after = [(epoch, consumed + (number + 1) * count) for number in range(steps)]
-        return uniform_block(Piece(0, epoch, taken, 0), rows, after)
+        return uniform_block(Piece(0, epoch, taken, 0), after)
 
     def state_dict(self) -> dict[str, Any]:
         return self._cursor.state_dict()

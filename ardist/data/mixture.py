@@ -118,7 +118,7 @@ class MixedLoader(BatchLoader):
 
     def _plan_block(self, position: _Mixed, most: int) -> Block:
         step = self._plan_slots(position) if self._slots is not None else self._plan_turn(position)
-        return one_step(step, self.global_batch_sizes[step.pieces[0].dataset] // self.world_size)
+        return one_step(step)
 
     def _plan_slots(self, position: _Mixed) -> Step:
         assert self._slots is not None
@@ -155,8 +155,7 @@ class MixedLoader(BatchLoader):
             return batch
         ids = samples.keys.copy()
         for piece in step.pieces:
-            own = slice(piece.slot, piece.slot + len(piece.places.positions))
-            ids[own] ^= derive_key(Domain.MIX, piece.dataset, piece.epoch)
+            ids[piece.rows] ^= derive_key(Domain.MIX, piece.dataset, piece.epoch)
         return replace(batch, sample_ids=torch.from_numpy(ids.view(np.int64)), epoch=0)
 
     def state_dict(self) -> dict[str, Any]:

@@ -85,8 +85,8 @@ class Members:
     ) -> None:
         self._what, self._shape, self._dtype = what, shape, dtype
         self.offsets, self.sizes, self.hashes = offsets, sizes, hashes
-        self.member_size = int(np.median(sizes))
-        self.same_sizes = bool((sizes == self.member_size).all())
+        self.same_sizes = bool((sizes == sizes[0]).all())
+        self.member_size = int(sizes[0] if self.same_sizes else np.median(sizes))
         self.header_length = self.member_size - self._values()
 
     def _values(self) -> int:

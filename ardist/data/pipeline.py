@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Final, Generic, TypeVar
 
 from ardist.data.fetch_threads import join
@@ -22,7 +22,7 @@ class OrderedPipeline(Generic[Plan, Buffer]):
 
     plan: called by one thread at a time, in order; says what the next buffer must hold.
     fill: called by several threads at once with a plan and a buffer that nobody else uses.
-    make_buffer: makes one of at most `max_buffers` buffers, when all others are in use.
+    buffers: at least one; those at the end are used first, so that no more are used than are needed at a time.
     A buffer belongs to the consumer until it asks for the next one. An exception of `plan` or `fill` is raised to the
     consumer in its turn. Memory is bounded by the number of buffers.
     """
@@ -31,16 +31,14 @@ class OrderedPipeline(Generic[Plan, Buffer]):
         self,
         plan: Callable[[], Plan],
         fill: Callable[[Plan, Buffer], None],
-        make_buffer: Callable[[], Buffer],
-        max_buffers: int,
+        buffers: Sequence[Buffer],
         threads: int,
         name: str,
     ) -> None:
         self._plan, self._fill = plan, fill
         self._changed = threading.Condition()
-        self._free: list[Buffer] = []
-        self._make_buffer, self._to_make = make_buffer, max_buffers
-        self._done: dict[int, tuple[Plan | None, Buffer | None, BaseException | None]] = {}
+        self._free = list(buffers)
+        self._done: dict[int, tuple[Plan | None, Buffer, BaseException | None]] = {}
         self._started = self._taken = 0
         self._held: Buffer | None = None
         self._stopping = threading.Event()
@@ -54,36 +52,25 @@ class OrderedPipeline(Generic[Plan, Buffer]):
     def _work(self) -> None:
         while True:
             with self._changed:
-                while not self._free and not self._to_make and not self._stopping.is_set():
+                while not self._free and not self._stopping.is_set():
                     self._changed.wait()
                 if self._stopping.is_set():
                     return
-                # The buffer used last is the warmest; a new one is made only while all others are in use.
-                buffer = self._free.pop() if self._free else None
-                self._to_make -= buffer is None
-            plan: Plan | None = None
-            failure: BaseException | None = None
-            try:
-                # Before the plan: what is planned will be filled, others may wait for that.
-                buffer = self._make_buffer() if buffer is None else buffer
-            except Exception as error:  # noqa: BLE001 - raised again in the consumer's thread
-                failure = error
-            with self._changed:
-                if self._stopping.is_set():
-                    return
+                buffer = self._free.pop()  # the one used last is the warmest
                 turn = self._started
                 self._started += 1
+                plan: Plan | None = None
+                failure: BaseException | None = None
                 try:
-                    plan = self._plan() if failure is None else None
+                    plan = self._plan()
                 except Exception as error:  # noqa: BLE001 - raised again in the consumer's thread
                     failure = error
-            if plan is not None and buffer is not None:
+            if plan is not None:
                 try:
                     self._fill(plan, buffer)
                 except Exception as error:  # noqa: BLE001 - raised again in the consumer's thread
                     failure = error
             with self._changed:
-                self._to_make += buffer is None
                 self._done[turn] = (plan, buffer, failure)
                 self._changed.notify_all()
 
@@ -106,7 +93,7 @@ class OrderedPipeline(Generic[Plan, Buffer]):
             self._held = buffer
         if failure is not None:
             raise failure
-        assert plan is not None and buffer is not None  # noqa: PT018
+        assert plan is not None
         return plan, buffer
 
     def close(self) -> None:

@@ -1,7 +1,7 @@
 """Reads unbroken runs of a shard's rows with few system calls and puts each sample where its batch wants it.
 
-A piece of a run that fits in the processor's cache is read as it lies in the file, verified there, and only then
-written to its rows of a window, which are anywhere in a much larger memory.
+A piece of a run is read as it lies in the file, verified while it is in the processor's cache, and only then written
+to its rows of a window, which are anywhere in a much larger memory.
 """
 
 from __future__ import annotations
@@ -16,13 +16,18 @@ import numpy.typing as npt
 import xxhash
 
 from ardist.data.open_shards import OpenPart, ShardTable
+from ardist.data.sample import SampleDtype, npy_size
 from ardist.data.window_arena import LARGEST_MEMBER, WindowRows, finite
 
-_AT_ONCE: Final = 640 * 1024
-"""Bytes of a piece: they are still in a second-level cache when they are verified."""
+_AT_ONCE: Final = 2560 * 1024
+"""Bytes of a piece. All threads' pieces fit in a last-level cache; smaller ones, which would fit in the levels before
+it, take longer, because Python is then asked for more turns and has been swept out of these caches by each of them."""
 
 _WIDEST: Final = LARGEST_MEMBER + 64 * 1024
 """Bytes from one member to the next up to which what lies between them is read along."""
+
+_BETWEEN: Final = 2048
+"""Bytes from the end of one member to the next, as they usually are."""
 
 _hash = xxhash.xxh3_64_intdigest
 
@@ -63,7 +68,7 @@ class RunReader:
         count, size, header = len(rows), memory.member_size, len(memory.header)
         stride = offsets.item(1) - offsets.item(0) if count > 1 else size
         length = (count - 1) * stride + size
-        cache, view = self._memory()
+        cache, view = self._memory(length)
         if os.preadv(part.fd, [view[:length]], offsets.item(0)) != length:
             return
         chosen = slice(first, first + count)
@@ -79,13 +84,18 @@ class RunReader:
         memory.keys[rows], memory.class_ids[rows] = part.shard.keys[chosen], labels
         memory.good[rows] = good
 
-    def _memory(self) -> tuple[npt.NDArray[np.uint8], memoryview]:
-        """This thread's piece of memory."""
+    def _memory(self, length: int) -> tuple[npt.NDArray[np.uint8], memoryview]:
+        """This thread's piece of memory, at least `length` bytes."""
         held = getattr(self._local, "memory", None)
-        if held is None:
-            cache = np.zeros(max(_AT_ONCE, _WIDEST), np.uint8)
+        if held is None or len(held[0]) < length:
+            cache = np.empty(length, np.uint8)
             held = self._local.memory = cache, memoryview(cast(Any, cache))
         return cast(tuple[npt.NDArray[np.uint8], memoryview], held)
+
+
+def piece_bytes(rows: int, shape: tuple[int, ...], dtype: SampleDtype) -> int:
+    """Memory of a thread that reads runs of up to so many rows, with what lies between their members."""
+    return min(_AT_ONCE, rows * (npy_size(shape, dtype) + _BETWEEN))
 
 
 def pieces(offsets: npt.NDArray[np.int64], size: int) -> Iterator[tuple[int, int]]:

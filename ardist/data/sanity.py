@@ -15,7 +15,7 @@ from ardist.errors import DataError
 BATCHES = 50
 _SIGMAS = 5.0
 _SCALES = 5.0
-_VECTORS = 4096
+_VECTORS = 1024
 
 
 class LatentSanity:
@@ -29,7 +29,7 @@ class LatentSanity:
 
     def __init__(self, manifest: Manifest, path: str) -> None:
         statistics = manifest.latent_statistics
-        self._left = BATCHES if statistics is not None and manifest.dtype != "uint8" else 0
+        self.batches_left = BATCHES if statistics is not None and manifest.dtype != "uint8" else 0
         self._path, self._dtype, self._count = path, manifest.dtype, 0
         channels = manifest.shape[-1]
         self._mean = np.array(statistics.mean if statistics else [0.0] * channels)
@@ -37,14 +37,13 @@ class LatentSanity:
         self._total, self._squares = np.zeros(channels), np.zeros(channels)
 
     def look(self, values: torch.Tensor) -> None:
-        """Take one batch [m, F, L, C] into account; free of cost once the first batches are through."""
-        if not self._left:
-            return
-        self._left -= 1
+        """Take one batch [m, F, L, C] into account; not called any more when no batches are left."""
+        self.batches_left -= 1
         # numpy, because torch would wake all its threads for this; a spread-out part of a batch tells the same.
         stored = values.view(torch.uint16) if self._dtype == "bfloat16" else values
         flat = stored.numpy().reshape(-1, values.shape[-1])
-        flat = real_values(flat[:: max(1, len(flat) // _VECTORS)], self._dtype).astype(np.float64)
+        # An odd step does not meet the same place of every frame again and again, as one that divides a frame would.
+        flat = real_values(flat[:: len(flat) // _VECTORS | 1], self._dtype).astype(np.float64)
         self._count += len(flat)
         self._total += flat.sum(0)
         self._squares += (flat * flat).sum(0)

@@ -24,6 +24,11 @@ class Piece(NamedTuple):
         """Where they are."""
         return self.taken.places
 
+    @property
+    def rows(self) -> slice:
+        """The rows of the batch that it fills."""
+        return slice(self.slot, self.slot + len(self.taken))
+
 
 @dataclass
 class Step:
@@ -42,14 +47,13 @@ class Step:
 
 @dataclass
 class Block:
-    """Consecutive steps with `rows` rows each that are planned and read together.
+    """Consecutive steps that are planned and read together.
 
     pieces: what the rows of all steps are read from; of one step its own pieces. in_windows: whether windows are held
     for the block. served_in_place: whether steps are served from them, so that they are held until that is over.
     """
 
     steps: list[Step]
-    rows: int
     pieces: list[Piece]
     in_windows: bool = False
     served_in_place: bool = False
@@ -60,16 +64,15 @@ class Block:
         return self.steps[-1].after
 
 
-def one_step(step: Step, rows: int) -> Block:
+def one_step(step: Step) -> Block:
     """A block of nothing but this step."""
-    return Block([step], rows, step.pieces)
+    return Block([step], step.pieces)
 
 
-def uniform_block(piece: Piece, rows: int, after: list[Any]) -> Block:
-    """Steps of one dataset and epoch with `rows` rows each; after: the position behind each of them."""
-    steps = []
-    for number, position in enumerate(after):
-        places = Places(*(column[number * rows : (number + 1) * rows] for column in piece.places))
-        own = Taken(places, piece.taken.windows)
-        steps.append(Step([Piece(piece.dataset, piece.epoch, own, 0)], piece.epoch, position))
-    return Block(steps, rows, [piece])
+def uniform_block(piece: Piece, after: list[Any]) -> Block:
+    """Steps of one dataset and epoch, one for each of the piece's batches; after: the position behind each of them."""
+    steps = [
+        Step([Piece(piece.dataset, piece.epoch, piece.taken.one(number), 0)], piece.epoch, position)
+        for number, position in enumerate(after)
+    ]
+    return Block(steps, [piece])

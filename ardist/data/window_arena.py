@@ -56,10 +56,16 @@ class WindowRows:
         self.class_ids = np.zeros(rows, np.int64)
         self.good = np.zeros(rows, np.bool_)
 
-    def part(self, first: int, last: int) -> Rows:
-        """The rows [first, last), in this memory."""
-        rows = slice(first, last)
-        return Rows(self.values[rows], self.keys[rows], self.class_ids[rows], None)
+    def parts(self, first: int, count: int, width: int, own: slice) -> list[tuple[Rows, bool]]:
+        """Of `count` times `width` rows from `first` on each time those of `own`, and whether they are all good."""
+        rows = slice(first, first + count * width)
+        values = self.values[rows].view(count, width, *self.values.shape[1:])[:, own].unbind(0)
+        keys, class_ids, good = (
+            column[rows].reshape(count, width)[:, own] for column in (self.keys, self.class_ids, self.good)
+        )
+        fine = np.asarray(good.all(axis=1)).tolist()
+        pieces = zip(values, keys, class_ids, fine, strict=True)
+        return [(Rows(some, their, labels, None), whole) for some, their, labels, whole in pieces]
 
     def copy_rows(self, rows: npt.NDArray[np.int64], target: torch.Tensor) -> None:
         """The payloads of `rows`, one after another, into `target`: dense bytes [len(rows), payload]."""
@@ -79,13 +85,21 @@ class Window:
     """The state of one window: runs that are still to be read, batches that still need it.
 
     rows: the row in memory for every sample of the window, as they lie in the lanes, one lane after another.
-    size: samples of a lane.
+    size: samples of a lane. lead: how many of them still belong to a batch that began in the window before.
     """
 
     def __init__(
-        self, number: int, memory: int, before: Window | None, runs: int, rows: npt.NDArray[np.int64], size: int
+        self,
+        number: int,
+        memory: int,
+        before: Window | None,
+        runs: int,
+        rows: npt.NDArray[np.int64],
+        size: int,
+        lead: int,
     ) -> None:
-        self.number, self.memory, self.before, self.rows, self.size = number, memory, before, rows, size
+        self.number, self.memory, self.before = number, memory, before
+        self.rows, self.size, self.lead = rows, size, lead
         self.unread, self.users, self.claimed = runs, 0, False
 
 
@@ -128,21 +142,20 @@ class WindowArena:
         turns: of `LaneOrder.window_turns`.
         """
         size = len(turns) // len(self.lanes)
-        rows = self._rows(epoch, number, size, turns)
+        phase = self._phase[1] if self._phase is not None and self._phase[0] == epoch else 0
+        lead = min((phase - number * self._order.window) % self._each, size)
+        rows = self._rows(size, lead, turns)
         with self._changed:
             memory, self._turn = self._turn, 1 - self._turn
-            window = Window(number, memory, self._latest[memory], runs, rows, size)
+            window = Window(number, memory, self._latest[memory], runs, rows, size, lead)
             self._latest[memory] = window
             self._windows[epoch, number] = window
             while len(self._windows) > _REMEMBERED:
                 self._windows.popitem(last=False)
             return window
 
-    def _rows(self, epoch: int, number: int, size: int, turns: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    def _rows(self, size: int, lead: int, turns: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
         """Where the samples of a window lie in memory: those of one batch together, lane by lane as in the batch."""
-        phase = self._phase[1] if self._phase is not None and self._phase[0] == epoch else 0
-        # How many samples of every lane still belong to a batch that began in the window before.
-        lead = min((phase - number * self._order.window) % self._each, size)
         lane = np.repeat(np.arange(len(self.lanes)), size)
         first = np.where(turns < lead, 0, lead + (turns - lead) // self._each * self._each)
         length = np.where(turns < lead, lead, np.minimum(self._each, size - first))
@@ -188,23 +201,20 @@ class WindowArena:
                 window.users -= 1
             self._changed.notify_all()
 
-    def slices(self, windows: Sequence[Window], places: Places, size: int) -> list[Rows | None]:
-        """Per `size` places: the memory in which they lie one after another, all of them good; else None.
+    def slices(self, window: Window, offset: int, each: int, slots: range, batches: int) -> list[Rows | None]:
+        """Per batch the memory in which its `slots` lie one after another, all of them good; else None.
 
-        Waits until the windows are read. The rows are good until `let_go`. Raises `ArenaClosedError`.
+        The first of the batches begins at `offset` of the lanes, and they take `each` samples of every lane. Waits
+        until the window is read. The rows are good until `let_go`. Raises `ArenaClosedError`.
         """
-        self._wait_for(windows)
-        count = len(places.positions) // size
-        if len(windows) != 1 or (memory := self._memory_of(windows[0])) is None:
-            return [None] * count
-        here, rows = self._find(windows[0], places)
-        starts = rows[::size]
-        expected = (starts[:, None] + np.arange(size)).reshape(-1)
-        whole = (here & (rows == expected) & memory.good[rows]).reshape(count, size).all(axis=1)
-        return [
-            memory.part(first, first + size) if complete else None
-            for first, complete in zip(starts.tolist(), whole.tolist(), strict=True)
-        ]
+        self._wait_for([window])
+        memory, first = self._memory_of(window), offset - window.number * self._order.window
+        whole = each == self._each and (first - window.lead) % each == 0
+        if memory is None or not whole or first < 0 or first + batches * each > window.size:
+            return [None] * batches
+        lanes, before = len(self.lanes), self.lanes.start * each
+        own = slice(slots.start - before, slots.stop - before)
+        return [rows if good else None for rows, good in memory.parts(first * lanes, batches, each * lanes, own)]
 
     def copy(self, windows: Sequence[Window], places: Places, buffer: RowBuffer, slot: int) -> npt.NDArray[np.int64]:
         """Copy what is in these windows into the rows of `buffer` from `slot` on; returns which of [0, m) is not.

@@ -170,7 +170,7 @@ def test_memory_counts_every_bucket(folders: list[Path], monkeypatch: pytest.Mon
     with pytest.raises(ConfigError, match=r"two batches of 12 samples \[8, 3, 4\].* and 96 .* take 2640000 bytes"):
         open_buckets(folders)
     with open_buckets(folders, prefetch_bytes=2_640_000) as loader:
-        assert loader._buffer_count == 2
+        assert loader._blocks == 2
 
 
 @settings(max_examples=200, deadline=None)

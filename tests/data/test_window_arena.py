@@ -145,7 +145,7 @@ def test_pieces_cover_a_run_and_have_one_distance(distances: list[int], size: in
     assert found[-1][1] == len(offsets)
     for low, high in found:
         assert len(set(np.diff(offsets[low:high]).tolist())) <= 1
-        assert offsets[high - 1] + size - offsets[low] <= 640 * 1024
+        assert offsets[high - 1] + size - offsets[low] <= 2560 * 1024
 
 
 @pytest.mark.parametrize("batch", [8, 12])
@@ -297,7 +297,7 @@ for _ in range(20):
     next(loader)
 used = psutil.Process().memory_info().rss - rss
 arena = sum(stream.arena_bytes() for stream in loader.streams)
-assert loader._buffer_count * loader._steps_at_once * 512 * 4096 + arena <= 48 * 2**20
+assert loader._blocks * loader._steps_at_once * 512 * 4096 + arena <= 48 * 2**20
 print(used, arena)
 """
     environment = {**os.environ, "DS_ACCELERATOR": "cpu"}
@@ -357,7 +357,7 @@ def test_arena_by_itself(dataset: Path) -> None:
     with pytest.raises(ArenaClosedError):
         arena.copy(arena.hold(0, 3, 3), order.take(0, 0, 8), RowBuffer(8, (2, 3, 4), "float16"), 0)
     with pytest.raises(ArenaClosedError):
-        arena.slices(arena.hold(0, 3, 3), order.take(0, 0, 8), 8)
+        arena.slices(fourth, 24, 1, range(4), 8)
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
