@@ -14,6 +14,7 @@ import logging
 import os
 import re
 import stat
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Final
@@ -23,6 +24,9 @@ from ardist.errors import HardwareError
 from ardist.events import events
 
 _STRIPES: Final = 256
+_UNSEEN: Final = 128
+"""The part of the limit that a process adds, at most, between two looks at what all of them keep."""
+
 _NAME: Final = re.compile(r"[0-9a-f]{64}(-\d+-\d+)?")
 _TEMPORARY: Final = ".filling"
 
@@ -36,12 +40,17 @@ def default_cache_dir() -> Path:
 class DiskCache:
     """Files below `directory`, at most `limit` bytes of them beyond what is open at the moment.
 
+    Several processes together may pass the limit by a 128th of it each.
+
     Raises `HardwareError` where the folder cannot be used or its disk is full.
     """
 
     def __init__(self, directory: Path, limit: int) -> None:
         self._root = Path(os.path.abspath(directory)) / "shards"
         self._limit = limit
+        self._found: int | None = None
+        self._added = 0
+        self.after_fork()
         self.hits = self.misses = self.evicted = 0
         try:
             self._root.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -51,6 +60,10 @@ class DiskCache:
                 self._check_private(folder)
         except OSError as error:
             raise HardwareError(f"the cache folder {directory} cannot be used: {error.strerror}") from error
+
+    def after_fork(self) -> None:
+        """Forget a lock that a thread of the parent may have held."""
+        self._lock = threading.Lock()
 
     @staticmethod
     def _check_private(folder: Path) -> None:
@@ -116,8 +129,21 @@ class DiskCache:
             raise HardwareError(f"the cache {self._root} cannot be written: {error.strerror or error}") from error
         finally:
             temporary.unlink(missing_ok=True)
-        self.shrink(self._limit)
+        self._grown(size)
         return descriptor
+
+    def _grown(self, size: int) -> None:
+        """An entry was added: look for what to evict where the limit may be passed.
+
+        Looking takes as long as there are entries. So it is done when this process alone would pass the limit, and
+        each time it has added a small part of it, because others add to the same folder.
+        """
+        with self._lock:
+            self._added += size
+            most = self._limit - self._found if self._found is not None else 0
+            if self._added <= min(most, self._limit // _UNSEEN):
+                return
+            self._found, self._added = self.shrink(self._limit), 0
 
     def discard(self, name: str, reason: str) -> None:
         """Remove an entry that turned out to be damaged."""
@@ -125,18 +151,19 @@ class DiskCache:
         with contextlib.suppress(FileNotFoundError):
             (self._root / name[:2] / name).unlink()
 
-    def shrink(self, limit: int) -> None:
-        """Evict the least recently used entries until at most `limit` bytes are left."""
+    def shrink(self, limit: int) -> int:
+        """Evict the least recently used entries until at most `limit` bytes are left; returns how many are."""
         entries = sorted(self._entries())
         total = sum(size for _, size, _ in entries)
         for _, size, path in entries:
             if total <= limit:
-                return
+                break
             with contextlib.suppress(FileNotFoundError):
                 path.unlink()
                 self.evicted += 1
                 events.count("cache.evicted", level=logging.DEBUG, entry=path.name)
             total -= size
+        return total
 
     def _entries(self) -> Iterator[tuple[int, int, Path]]:
         """(time of last use, bytes, path) of every finished entry."""

@@ -47,6 +47,7 @@ class RemoteSource(ShardSource):
 
     def after_fork(self) -> None:
         self._lock = threading.Lock()
+        self._cache.after_fork()
         self._reads.after_fork()
         self._index_reads.after_fork()
 
