@@ -43,6 +43,30 @@ def test_least_recently_used_goes_first(tmp_path: Path) -> None:
     assert (cache.hits, cache.misses, cache.evicted) == (1, 4, 1)
 
 
+def test_many_entries_are_not_counted_again_for_each_new_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A cache that holds thousands of entries takes no longer to add one."""
+    cache, looks, entries = DiskCache(tmp_path, 100 * 10_000), [], DiskCache._entries
+    monkeypatch.setattr(DiskCache, "_entries", lambda self: looks.append(1) or entries(self))
+    for number in range(250):
+        put(cache, number)
+    assert len(looks) < 10
+
+
+def test_the_limit_holds_for_several_processes_together(tmp_path: Path) -> None:
+    """What others add is found out by and by, what a cache adds by itself at once."""
+    limit = 100 * 20
+    caches = [DiskCache(tmp_path, limit) for _ in range(3)]
+    for number in range(90):
+        put(caches[number % 3], number)
+        assert sum(size for _, size, _ in caches[0]._entries()) <= limit + 3 * 100
+    alone = DiskCache(tmp_path, 100 * 200)
+    for number in range(90, 250):
+        put(alone, number)
+    alone._limit = limit
+    put(alone, 250)
+    assert sum(size for _, size, _ in alone._entries()) <= limit
+
+
 def test_full_disk_empties_the_cache_and_tries_once_more(tmp_path: Path) -> None:
     cache = DiskCache(tmp_path, 10_000)
     put(cache, 0)
