@@ -204,13 +204,13 @@ class WindowArena:
     def slices(self, window: Window, offset: int, each: int, slots: range, batches: int) -> list[Rows | None]:
         """Per batch the memory in which its `slots` lie one after another, all of them good; else None.
 
-        The first of the batches begins at `offset` of the lanes, and they take `each` samples of every lane. Waits
-        until the window is read. The rows are good until `let_go`. Raises `ArenaClosedError`.
+        The first of the batches begins at `offset` of the lanes, and they take `each` samples of every lane; they all
+        lie in the window. Waits until it is read. The rows are good until `let_go`. Raises `ArenaClosedError`.
         """
         self._wait_for([window])
         memory, first = self._memory_of(window), offset - window.number * self._order.window
         whole = each == self._each and (first - window.lead) % each == 0
-        if memory is None or not whole or first < 0 or first + batches * each > window.size:
+        if memory is None or not whole:
             return [None] * batches
         lanes, before = len(self.lanes), self.lanes.start * each
         own = slice(slots.start - before, slots.stop - before)

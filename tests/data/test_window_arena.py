@@ -360,6 +360,27 @@ def test_arena_by_itself(dataset: Path) -> None:
         arena.slices(fourth, 24, 1, range(4), 8)
 
 
+def test_batches_lie_in_a_row_only_where_the_window_was_laid_out_for_them(dataset: Path) -> None:
+    order = LaneOrder(COUNTS, seed=1, lanes=4, window=8)
+    arena = WindowArena(order, range(4), (2, 3, 4), "float16", each=3)
+    arena.batches_begin_at(0, 1)  # so the window has 1 sample of an earlier batch, 3, 3, and 1 of one that goes on
+    window = arena.begin(0, 0, 1, order.window_turns(0, 0, range(4)))
+    memory = arena.claim(window)
+    assert memory is not None
+    memory.good[:] = True
+    memory.keys[:] = np.arange(len(memory.keys))
+    arena.loaded(window)
+    found = arena.slices(window, 1, 3, range(12), 2)
+    assert [rows is not None and rows.keys.tolist() for rows in found] == [list(range(4, 16)), list(range(16, 28))]
+    own = arena.slices(window, 4, 3, range(3, 9), 1)[0]
+    assert own is not None
+    assert own.keys.tolist() == list(range(19, 25))
+    assert arena.slices(window, 2, 3, range(12), 1) == [None]  # from another offset they lie apart
+    assert arena.slices(window, 1, 2, range(8), 2) == [None, None]  # as do those of another size
+    memory.good[20] = False
+    assert [rows is None for rows in arena.slices(window, 1, 3, range(12), 2)] == [False, True]
+
+
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 @pytest.mark.parametrize("bits", [0x7C00, 0xFC00, 0x7C01, 0xFFFF, 0x7F80, 0xFF80, 0x7FC0, 0x7BFF, 0xFBFF, 0x7F7F, 0])
 def test_finite_is_what_numpy_says(dtype: Any, bits: int) -> None:
