@@ -96,8 +96,6 @@ def make_plan(
         checkpointing = "none" if checkpointing == "none" else "full"
     if name == CPU:
         notes.append("memory is what a rank needs beyond its bare process, of which there are as many as ranks")
-        if training.precision != "fp32":
-            notes.append("in bf16 ranks on a CPU were measured to need up to a third more than this says")
     return Plan(
         task=config.task,
         gpus=gpus,

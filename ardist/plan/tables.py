@@ -50,13 +50,13 @@ def _memory(plan: Plan) -> Table:
     modes = list(dict.fromkeys(mode for _, mode in plan.memory))
     title = f"memory of a rank, of {plan.device_bytes / 2**30:.0f} GiB (red: does not fit; bold: as configured)"
     table = Table(title=title, title_justify="left")
-    for name in ("ZeRO", "weights", "gradients", "optimiser", "averages", "buffers"):
+    for name in ("ZeRO", "weights", "gradients", "optimiser", "averages", "copies"):
         table.add_column(name, justify="right")
     for mode in modes:
         table.add_column(f"peak, checkpointing {mode}", justify="right")
     for stage in STAGES:
         parts = plan.memory[stage, modes[0]]
-        state = (parts.weights, parts.gradients, parts.masters + parts.moments, parts.averages, parts.buffers)
+        state = (parts.weights + parts.gathered, parts.gradients, parts.masters + parts.moments, parts.averages, parts.copies)
         peaks = []
         for mode in modes:
             memory = plan.memory[stage, mode]

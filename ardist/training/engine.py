@@ -19,6 +19,7 @@ from ardist.errors import ConfigError
 from ardist.training.distributed import World
 from ardist.training.fragments import Fragments
 from ardist.training.frozen import FrozenWeights
+from ardist.training.gradients import accumulates_in_fp32, uses_device_guard
 from ardist.training.guard import DeviceGuard, SpikeGuard
 from ardist.training.loss_scale import LossScale
 from ardist.training.optimizer import build_optimizer
@@ -27,28 +28,6 @@ from ardist.training.spikes import SpikeDetector, SpikeDetectors
 _log = logging.getLogger("ardist.training")
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-def uses_device_guard(config: TrainConfig) -> bool:
-    """True when our own check, not DeepSpeed's, keeps non-finite gradients from the optimiser.
-
-    Always with ZeRO-0 in fp32, where DeepSpeed checks nothing at all; elsewhere by ``training.guard: device``.
-    """
-    training = config.training
-    return training.guard == "device" or (training.zero_stage == 0 and training.precision == "fp32")
-
-
-def accumulates_in_fp32(config: TrainConfig, accumulation: int) -> bool:
-    """True when gradients of bf16 weights are added up in fp32: sums in bf16 lose what micro-batches agree on least.
-
-    DeepSpeed cannot with ZeRO-0, and not under the device guard with ZeRO-1.
-    """
-    training = config.training
-    if training.precision != "bf16" or training.zero_stage == 0 or training.offload != "none":
-        return False
-    if training.grad_accumulation == "auto":
-        return accumulation > 1 and not uses_device_guard(config)
-    return training.grad_accumulation == "fp32"
 
 
 def deepspeed_settings(config: TrainConfig, world_size: int, *, cuda: bool) -> dict[str, Any]:
