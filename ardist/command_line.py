@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 import sys
@@ -20,9 +21,12 @@ def run(app: typer.Typer, program: str, arguments: Sequence[str] | None = None) 
     """Run a typer application and return its exit code.
 
     ``--debug`` anywhere on the line shows tracebacks and debug messages. An `ArdistError` is printed as one
-    message and gives its own exit code; a usage error gives 2; a file that cannot be used gives 4; an unforeseen
-    error gives 1 and asks for --debug.
+    message and gives its own exit code; a usage error gives 2; a file that cannot be used gives 4, and so does a name
+    that the locale's encoding has no bytes for; an unforeseen error gives 1 and asks for --debug.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # any name can be shown, whatever the locale
     words = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in words
     words = [word for word in words if word != "--debug"]
@@ -40,11 +44,25 @@ def run(app: typer.Typer, program: str, arguments: Sequence[str] | None = None) 
             return _unexpected(program, error, debug)
         _show(error, f"{program}: {os.fsdecode(error.filename)!r}: {error.strerror or error}", debug)
         return HardwareError.exit_code
+    except UnicodeEncodeError as error:
+        _show(error, f"{program}: {_unnameable(error)}", debug)
+        return HardwareError.exit_code
     except KeyboardInterrupt:
         print(f"{program}: interrupted", file=sys.stderr)
         return INTERRUPTED
     except Exception as error:  # noqa: BLE001 - the last line of defence, reported and turned into exit code 1
         return _unexpected(program, error, debug)
+
+
+def _unnameable(error: UnicodeEncodeError) -> str:
+    """What to do about text that an encoding has no bytes for: under a locale other than UTF-8, about the locale."""
+    encoding = sys.getfilesystemencoding()
+    if encoding == "utf-8":
+        return f"{error.object!r} is no valid UTF-8; rename the file"
+    return (
+        f"{error.object!r} cannot be named or written where names of files are encoded in {encoding}; "
+        "set LC_ALL=C.UTF-8 or PYTHONUTF8=1"
+    )
 
 
 def _unexpected(program: str, error: Exception, debug: bool) -> int:

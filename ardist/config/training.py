@@ -98,7 +98,12 @@ class TrainingConfig(Section):
     spike_sigmas: float = Field(6.0, gt=0, description="a spike is above mean + this many deviations of the window")
     spike_window: int = Field(128, ge=2, description="good steps before this one that it is compared with")
     max_skipped_in_row: int = Field(
-        20, ge=1, description="go back to the last checkpoint, once, then stop, after this many skipped steps in a row"
+        20, ge=1, description="go back to the last checkpoint, else stop, after this many skipped steps in a row"
+    )
+    good_steps_to_go_back_again: int = Field(
+        100,
+        ge=1,
+        description="steps made, not skipped, behind those that the run last went back from, before it may do so again",
     )
     log_every: int = Field(10, ge=1)
     timeout_minutes: float = Field(30, gt=0, description="how long a rank waits for the others in a collective")

@@ -75,7 +75,8 @@ class BatchLoader(ABC):
     """Endless iterator of this rank's batches; a subclass says which samples make a step.
 
     ``state_dict()`` covers the batches handed out so far and nothing that was read ahead; it is the same on every
-    rank. The tensors of a batch are reused: they are valid until the next one is asked for. A child process made by a
+    rank. A step that fails is passed over for nobody: its error is raised until a state is loaded, and to try that step
+    once more is to load the present one. The tensors of a batch are reused: they are valid until the next one is asked for. A child process made by a
     fork continues by itself from where the parent was.
 
     batch_size, global_batch_size: m and G. global_batch_sizes: that of every dataset, which only a token budget
@@ -110,6 +111,7 @@ class BatchLoader(ABC):
         self._block: Block | None = None
         self._next_of_block = 0
         self._planned: Any = None
+        self._failure: Exception | None = None
         self._process, self._closed = os.getpid(), False
         self._started = time.perf_counter()
         self._samples = self._waited = 0.0
@@ -151,6 +153,16 @@ class BatchLoader(ABC):
     def __next__(self) -> Batch:
         if self._closed:
             raise RuntimeError("this loader is closed")
+        if self._failure is not None:
+            raise self._failure
+        try:
+            return self._serve()
+        except Exception as error:
+            self._failure = error
+            raise
+
+    def _serve(self) -> Batch:
+        """The next batch, which is consumed when this returns."""
         self._leave_parent()
         if self._pipeline is None:
             self._start()
@@ -316,6 +328,7 @@ class BatchLoader(ABC):
         return list(self._health.substitutions)
 
     def _stop(self) -> None:
+        self._failure = None
         self._leave_parent()
         for stream in self.streams:
             stream.stop()

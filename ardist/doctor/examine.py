@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 from ardist.config import TrainConfig, load_config
@@ -39,26 +40,27 @@ def examine(
     if config_path is not None:
         config = load_config(TrainConfig, config_path, overrides)
         checks += [
-            lambda: places.run_directory(config),
-            lambda: places.data(config),
-            lambda: places.checkpoints(config),
-            lambda: clocks.store_clocks(config),
+            partial(places.run_directory, config),
+            partial(places.data, config),
+            partial(places.checkpoints, config),
+            partial(clocks.store_clocks, config),
         ]
         if hostfile is not None:
             path, file = str(config_path), hostfile
-            checks.append(lambda: network.machines(config, path, overrides, file, shell))
+            checks.append(partial(network.machines, config, path, overrides, file, shell))
     return [finding for check in checks for finding in _run(check)]
 
 
 def _run(check: Check) -> list[Finding]:
     findings: list[Finding] = []
+    name = getattr(check, "func", check).__name__.replace("_", " ")
     try:
         findings.extend(check())
     except ArdistError as error:
-        findings.append(bad(check.__name__.replace("_", " "), str(error), "see the message"))
+        findings.append(bad(name, str(error), "see the message"))
     except Exception as error:  # noqa: BLE001 - an examination does not end because one check of it broke
         words = f"{type(error).__name__}: {error}"
-        findings.append(bad(check.__name__.replace("_", " "), words, "this check itself failed: please report it"))
+        findings.append(bad(name, words, "this check itself failed: please report it"))
     return findings
 
 

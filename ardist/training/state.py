@@ -32,13 +32,16 @@ _log = logging.getLogger("ardist.training")
 @dataclass
 class History:
     """Totals over all sessions of a run. Useful time is that of steps which are part of the result; samples are those
-    of all steps, the skipped ones too; for blocked seconds the loop stood still for a checkpoint."""
+    of all steps, the skipped ones too; for blocked seconds the loop stood still for a checkpoint. `went_back_from`: the
+    step from which the run last returned to a checkpoint; `good_steps_since`: steps made behind it."""
 
     skipped_steps: int = 0
     samples: int = 0
     useful_seconds: float = 0.0
     blocked_seconds: float = 0.0
     sessions: int = 1
+    went_back_from: int | None = None
+    good_steps_since: int = 0
     earlier_seconds: float = 0.0
     earlier_events: dict[str, int] = field(default_factory=dict)
     _began: float = field(default_factory=time.monotonic)
@@ -56,8 +59,19 @@ class History:
             "blocked_seconds": self.blocked_seconds,
             "wall_seconds": self.wall_seconds(),
             "sessions": self.sessions,
+            "went_back_from": self.went_back_from,
+            "good_steps_since": self.good_steps_since,
             "events": dict(Counter(self.earlier_events) + Counter(events.snapshot())),
         }
+
+    def made_good_step(self, step: int) -> None:
+        """Step `step` was made; it counts when the run has not been that far before it went back."""
+        if self.went_back_from is not None and step > self.went_back_from:
+            self.good_steps_since += 1
+
+    def went_back(self, step: int) -> None:
+        """The run returned from step `step` to a checkpoint."""
+        self.went_back_from, self.good_steps_since = step, 0
 
     def continue_from(self, saved: Mapping[str, Any]) -> None:
         """Add to the totals of an earlier session."""
@@ -65,6 +79,8 @@ class History:
         self.useful_seconds = float(saved["useful_seconds"])
         self.blocked_seconds = float(saved.get("blocked_seconds", 0.0))  # not counted by older versions
         self.sessions = int(saved["sessions"]) + 1
+        self.went_back_from = saved.get("went_back_from")  # not known to older versions
+        self.good_steps_since = int(saved.get("good_steps_since", 0))
         self.earlier_seconds = float(saved["wall_seconds"])
         self.earlier_events = dict(saved["events"])
 
@@ -120,6 +136,7 @@ def roll_back(trainer: Trainer) -> bool:
         return False
     if trainer.world.is_main:
         events.count("training.rollback", from_step=trainer.step, to_step=found[1].step)
+    trainer.history.went_back(trainer.step)
     _restore(trainer, *found)
     trainer.window = Window(trainer.window.longest)
     trainer.history.useful_seconds = float(found[1].state["history"]["useful_seconds"])

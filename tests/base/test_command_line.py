@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import logging
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -65,6 +68,31 @@ def test_debug_shows_the_traceback(app: typer.Typer, capsys: pytest.CaptureFixtu
 @pytest.mark.parametrize("words", [["none", "--level", "x"], ["none", "--lvl", "1"], []])
 def test_usage_errors_are_exit_code_2(app: typer.Typer, words: list[str]) -> None:
     assert command_line.run(app, "tool", words) == 2
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "shown"),
+    [
+        (["ardist", "--help"], 0, "videos \\u2192"),
+        (["data_tools", "verify", "Größe"], 3, "Gr\\udcc3\\udcb6\\udcc3\\udc9fe/manifest.json does not exist"),
+        (["data_tools", "build", "--videos", "list.txt", "--out", "out"], 4, "set LC_ALL=C.UTF-8 or PYTHONUTF8=1"),
+    ],
+    ids=lambda value: "-".join(value[:2]) if isinstance(value, list) else "",
+)
+def test_names_that_the_locale_cannot_write(tmp_path: Path, words: list[str], code: int, shown: str) -> None:
+    (tmp_path / "Größe").mkdir()
+    (tmp_path / "list.txt").write_text("Größe/é.mp4\n", encoding="utf-8")
+    environment = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    module, *rest = words
+    program = ["-m", "ardist.cli" if module == "ardist" else module]
+    done = subprocess.run(
+        [sys.executable, *program, *rest], cwd=tmp_path, env=environment, capture_output=True, timeout=120, check=False
+    )
+    said = (done.stdout + done.stderr).decode()
+    assert done.returncode == code, said
+    assert shown in said
+    assert "Traceback" not in said
+    assert not (tmp_path / "out").exists()
 
 
 def test_events_are_counted_and_logged(caplog: pytest.LogCaptureFixture) -> None:

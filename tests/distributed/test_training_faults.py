@@ -276,6 +276,29 @@ def test_a_run_that_only_skips_goes_back_once_and_ends(tmp_path: Path, data: Pat
     assert newest_valid(tmp_path / "checkpoints")[1].step == 3
 
 
+@pytest.mark.parametrize(("needed", "ends"), [(1, "done"), (2, "diverged")])
+def test_a_run_goes_back_again_when_it_got_further_since(
+    tmp_path: Path, data: Path, uninterrupted: Path, needed: int, ends: str
+) -> None:
+    changes = {"training__max_skipped_in_row": 2, "training__good_steps_to_go_back_again": needed}
+    # Two micro-batches per step: steps 5 and 6 are bad, their repetition is good, and so is step 7.
+    bad = {"ARDIST_FAULT": ";".join(f"value@trainer.loss/0#{number}:nan" for number in range(9, 13))}
+    first = config_of(tmp_path, data, **changes, training__stop_after=7)
+    for outcome in Ranks(train_outcome, 2, first, env=bad).wait():
+        assert outcome.value.startswith("Preempted"), outcome
+    # Another process, in which steps 8 and 9 are bad: what it may do depends on what the first one did.
+    bad = {"ARDIST_FAULT": ";".join(f"value@trainer.loss/0#{number}:nan" for number in range(1, 5))}
+    outcomes = Ranks(train_outcome, 2, config_of(tmp_path, data, **changes), env=bad).wait()
+    if ends == "done":
+        assert [outcome.value for outcome in outcomes] == ["done", "done"]
+        assert json.loads((tmp_path / "summary.json").read_text())["events"]["training.rollback"] == 2
+        assert losses(tmp_path) == losses(uninterrupted)
+    else:
+        for outcome in outcomes:
+            assert outcome.value.startswith("TrainingDivergedError: 2 steps in a row up to step 9"), outcome
+            assert "gone back from step 6 already, 1 good steps behind it" in outcome.value
+
+
 SPIKES = {"training__spike_window": 3, "training__spike_sigmas": 30.0}
 
 

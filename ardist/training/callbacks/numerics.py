@@ -39,14 +39,15 @@ class SkippedSteps(Callback):
     a spike, and which spikes were only to be counted.
 
     A skip that DeepSpeed decided is known at once; what the device decided is read at the next log point. After
-    ``training.max_skipped_in_row`` skips in a row the run goes back to its last checkpoint, once, and then ends. In
-    fp16 an overflow does not count as one of them while the loss scale can still fall.
+    ``training.max_skipped_in_row`` skips in a row the run goes back to its last checkpoint. Where that did not help, or
+    it happens again before ``training.good_steps_to_go_back_again`` steps were made behind the place, the run ends. All
+    of this is the same on every rank, and part of a checkpoint. In fp16 an overflow does not count as a skip in a row
+    while the loss scale can still fall.
     """
 
     def __init__(self) -> None:
         self._open: list[_Step] = []
         self._in_row = 0
-        self._rolled_back = False
 
     def after_step(self, trainer: Trainer) -> None:
         self._open.append(
@@ -70,6 +71,8 @@ class SkippedSteps(Callback):
             answered = (skipped or spike) and self._report(trainer, step, skipped, spike)
             if not answered:
                 self._in_row = self._in_row + 1 if skipped else 0
+            if not skipped:
+                trainer.history.made_good_step(step.step)
         self._open.clear()
         if self._in_row >= trainer.config.training.max_skipped_in_row:
             self._give_up(trainer)
@@ -112,13 +115,18 @@ class SkippedSteps(Callback):
 
     def _give_up(self, trainer: Trainer) -> None:
         count, self._in_row = self._in_row, 0
-        if not self._rolled_back and roll_back(trainer):
-            self._rolled_back = True
+        history, needed = trainer.history, trainer.config.training.good_steps_to_go_back_again
+        again = history.went_back_from is not None
+        if not (again and history.good_steps_since < needed) and roll_back(trainer):
             return
+        before = (
+            f" The run had gone back from step {history.went_back_from} already, {history.good_steps_since} good steps "
+            f"behind it; training.good_steps_to_go_back_again asks for {needed}."
+        )
         raise TrainingDivergedError(
             f"{count} steps in a row up to step {trainer.step} were skipped, for gradients that are not finite or "
             f"spikes; their samples are listed in {trainer.run.skipped_steps}. Lower optimizer.lr or "
-            "optimizer.grad_clip, or look at the data"
+            f"optimizer.grad_clip, or look at the data.{before * again}"
         )
 
 
