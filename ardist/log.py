@@ -38,7 +38,9 @@ def configure(run_dir: Path | None = None, level: int | str = logging.INFO) -> N
         if run_dir is not None:
             directory = run_dir / "logs"
             directory.mkdir(parents=True, exist_ok=True)
-            handler = logging.FileHandler(directory / f"rank-{rank:05d}.log", encoding="utf-8", errors="backslashreplace")
+            handler = logging.FileHandler(
+                directory / f"rank-{rank:05d}.log", encoding="utf-8", errors="backslashreplace"
+            )
             handler.setFormatter(_LineFormatter())
             logger.addHandler(handler)
 

@@ -13,11 +13,11 @@ import argparse
 import platform
 import random
 import statistics
-import time
 from collections.abc import Callable
 
 import numpy as np
 import torch
+from clocks import add_clock, chosen_clock
 from rich.console import Console
 from rich.table import Table
 
@@ -71,14 +71,9 @@ def main() -> None:
     parser.add_argument("--num-frames", type=int, default=16)
     parser.add_argument("--num-timesteps", type=int, default=1000)
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument(
-        "--clock",
-        choices=("wall", "cpu"),
-        default="wall",
-        help="cpu: processor seconds of this process, for a machine that others use at the same time",
-    )
+    add_clock(parser)
     options = parser.parse_args()
-    clock = time.process_time if options.clock == "cpu" else time.perf_counter
+    clock = chosen_clock(options)
     batch, frames, steps = options.batch_size, options.num_frames, options.num_timesteps
     torch.set_num_threads(1)
 

@@ -13,10 +13,10 @@ import copy
 import os
 import platform
 import statistics
-import time
 from collections.abc import Callable
 
 import torch
+from clocks import add_clock, chosen_clock
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
@@ -48,14 +48,9 @@ def main() -> None:
     parser.add_argument("--preset", default="small")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--repeats", type=int, default=15)
-    parser.add_argument(
-        "--clock",
-        choices=("wall", "cpu"),
-        default="wall",
-        help="cpu: processor seconds of this process, for a machine that others use at the same time",
-    )
+    add_clock(parser)
     options = parser.parse_args()
-    clock = time.process_time if options.clock == "cpu" else time.perf_counter
+    clock = chosen_clock(options)
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
     plain = Denoiser(preset(options.preset)).eval()

@@ -15,11 +15,11 @@ import argparse
 import os
 import platform
 import statistics
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from clocks import add_clock, chosen_clock
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -92,14 +92,9 @@ def main() -> None:
     parser.add_argument("--cases", type=int, nargs="*", help="numbers of the cases to run, from 0")
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
-    parser.add_argument(
-        "--clock",
-        choices=("wall", "cpu"),
-        default="wall",
-        help="cpu: processor seconds of this process, for a machine that others use at the same time",
-    )
+    add_clock(parser)
     arguments = parser.parse_args()
-    clock = time.process_time if arguments.clock == "cpu" else time.perf_counter
+    clock = chosen_clock(arguments)
     torch.set_num_threads(arguments.threads)
     dtype = torch.bfloat16 if arguments.device.startswith("cuda") else torch.float32
     denoiser = random_denoiser(arguments.preset, arguments.device, dtype)

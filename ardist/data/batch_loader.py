@@ -75,9 +75,9 @@ class BatchLoader(ABC):
     """Endless iterator of this rank's batches; a subclass says which samples make a step.
 
     ``state_dict()`` covers the batches handed out so far and nothing that was read ahead; it is the same on every
-    rank. A step that fails is passed over for nobody: its error is raised until a state is loaded, and to try that step
-    once more is to load the present one. The tensors of a batch are reused: they are valid until the next one is asked for. A child process made by a
-    fork continues by itself from where the parent was.
+    rank. A step that fails is never passed over: its error is raised again until a state is loaded, be it the present
+    one to try that step once more. The tensors of a batch are reused: they are valid until the next one is asked for. A
+    child process made by a fork continues by itself from where the parent was.
 
     batch_size, global_batch_size: m and G. global_batch_sizes: that of every dataset, which only a token budget
     (data.tokens_per_batch) makes differ; then G is the one of the longest samples, and a batch has as many rows as

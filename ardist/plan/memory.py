@@ -1,7 +1,8 @@
 """Bytes of one rank: weights, gradients, optimiser, averages, what DeepSpeed copies, and activations, by ZeRO stage.
 
 Each term is a tensor that DeepSpeed 0.19 or our own code makes, found by listing what is alive at the peak of real
-ranks; none is a factor fitted to a measurement. Not counted is what kernels of a CPU keep for themselves (10 to 25 MiB).
+ranks; none is a factor fitted to a measurement. Not counted is what kernels of a CPU keep for themselves (10 to 25
+MiB).
 """
 
 from __future__ import annotations

@@ -56,7 +56,13 @@ def _memory(plan: Plan) -> Table:
         table.add_column(f"peak, checkpointing {mode}", justify="right")
     for stage in STAGES:
         parts = plan.memory[stage, modes[0]]
-        state = (parts.weights + parts.gathered, parts.gradients, parts.masters + parts.moments, parts.averages, parts.copies)
+        state = (
+            parts.weights + parts.gathered,
+            parts.gradients,
+            parts.masters + parts.moments,
+            parts.averages,
+            parts.copies,
+        )
         peaks = []
         for mode in modes:
             memory = plan.memory[stage, mode]

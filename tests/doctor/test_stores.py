@@ -15,7 +15,7 @@ from tiny import settings, tiny_config
 from yaml import safe_dump
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "storage"))
-from s3_servers import BUCKET, S3Server, start_server
+from s3_servers import BUCKET, S3Server, moto_in_environment
 
 from ardist.doctor import clocks, examine, network, places, software
 from ardist.doctor.findings import Finding, Level, good
@@ -25,12 +25,7 @@ from ardist.storage.s3 import S3Storage
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
-    import boto3
-
-    with start_server("moto", tmp_path_factory.mktemp("s3")) as running, pytest.MonkeyPatch.context() as patch:
-        for name, value in running.environment().items():
-            patch.setenv(name, value)
-        boto3.client("s3").create_bucket(Bucket=BUCKET)
+    with moto_in_environment(tmp_path_factory.mktemp("s3")) as running:
         yield running
 
 

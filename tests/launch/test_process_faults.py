@@ -15,12 +15,11 @@ import pytest
 from fork_ranks import TrainingJob
 from tiny import losses, records, sample_ids, write_latents
 
-from ardist.launch import nodes
 from ardist.training import goodput
 from ardist.training.heartbeat import Phase, read_beats
 from ardist.training.run_dir import RunDirectory
 
-pytestmark = pytest.mark.distributed
+pytestmark = [pytest.mark.distributed, pytest.mark.usefixtures("all_stacks")]
 TABLE: list[tuple[str, str, str, float, float, int]] = []
 
 
@@ -35,12 +34,6 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory, data: Path) -> Path:
     assert job.run() == 0, job.stderr()
     assert job.rows == []
     return job.run_dir
-
-
-@pytest.fixture(autouse=True)
-def all_stacks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ranks that can write their stacks have all the time to do so."""
-    monkeypatch.setattr(nodes, "STACK_SECONDS", 60.0)
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -4,91 +4,29 @@ from __future__ import annotations
 
 import errno
 import json
-import os
 import secrets
 import signal
 import subprocess
-import sys
-import threading
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
+from toy_jobs import QUICK, Job, rearm, wait_for
 
 from ardist.config.launch import LaunchConfig
 from ardist.errors import HardwareError
 from ardist.events import events
 from ardist.launch import engines, nodes, processes, supervisor, watchdog
 from ardist.launch.engines import Host, Placement, launches
-from ardist.launch.local import free_port
-from ardist.launch.nodes import LocalNode, State
-from ardist.launch.supervisor import Supervisor
+from ardist.launch.nodes import LocalNode
 from ardist.launch.watchdog import Failure
 from ardist.training import goodput
-from ardist.training.heartbeat import Beat, Phase, read_beats
+from ardist.training.heartbeat import Beat
 
 HERE = Path(__file__).parent
-PATIENT = {"heartbeat_seconds": 60.0, "step_seconds": 60.0, "data_seconds": 60.0, "other_seconds": 100.0}
-"""Limits that nothing reaches on a machine that does much else."""
-QUICK = {"heartbeat_seconds": 8.0, "step_seconds": 10.0, "data_seconds": 10.0}
-"""Where something stands still for good, which is waited for."""
-
-
-@pytest.fixture(autouse=True)
-def all_stacks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ranks that can write their stacks have all the time to do so."""
-    monkeypatch.setattr(nodes, "STACK_SECONDS", 60.0)
-
-
-class Job:
-    """A supervised job of two toy ranks in a thread of this process, and what it left."""
-
-    def __init__(
-        self, directory: Path, *, steps: int = 12, seconds: float = 0.01, ranks: int = 2, **limits: Any
-    ) -> None:
-        self.directory = directory
-        self.limits = LaunchConfig.model_validate({"restart_pause_seconds": 0.05, **PATIENT, **limits})
-        self.nodes: list[LocalNode] = []
-        self.words = ["toy_rank", str(directory), str(steps), str(seconds)]
-        self.ranks = ranks
-        self.supervisor = Supervisor(self.limits, directory, self.start)
-
-    def start(self, attempt: int, job: str) -> list[LocalNode]:
-        for path in self.directory.glob("at-*"):
-            path.unlink()
-        node = LocalNode("localhost", self.limits, module="toy_rank")
-        node.watched = self.ranks
-        self.nodes.append(node)
-        placement = Placement((Host("localhost", self.ranks),), 0, "127.0.0.1", free_port())
-        environment = {**os.environ, "PYTHONPATH": f"{HERE}:{HERE.parents[1]}"}
-        node.start(launches("plain", placement, self.words, node.scratch), environment)
-        return [node]
-
-    def run(self) -> int:
-        code = self.supervisor.run()
-        assert all(processes.members(node._mark) == [] for node in self.nodes), "nothing is left of the job"
-        return code
-
-    def fault(self, rank: int, step: int, what: str) -> None:
-        (self.directory / f"fault-{rank}").write_text(f"{step} {what}")
-
-    @property
-    def history(self) -> list[int]:
-        """Steps in the order in which they were made, redone ones replaced."""
-        steps: list[int] = []
-        for line in (self.directory / "history").read_text().split():
-            steps = [step for step in steps if step < int(line)] + [int(line)]
-        return steps
-
-    @property
-    def rows(self) -> list[dict[str, Any]]:
-        return goodput.restarts(goodput.read(self.directory))
-
-    def stacks(self, rank: int) -> str:
-        return (self.directory / "logs" / f"attempt-001-stacks-rank-{rank:05d}.txt").read_text()
+pytestmark = pytest.mark.usefixtures("all_stacks")
 
 
 def test_without_a_fault_nothing_is_restarted(tmp_path: Path) -> None:
@@ -243,60 +181,6 @@ def test_a_process_that_cannot_be_killed_is_not_waited_for_without_end(
     assert events.snapshot()["launch.not_killed"] == before + 2
 
 
-def rearm(job: Job, action: Callable[[int], None]) -> None:
-    start = job.supervisor._start
-
-    def armed(attempt: int, name: str) -> Any:
-        action(attempt)
-        return start(attempt, name)
-
-    job.supervisor._start = armed
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP])
-def test_a_signal_to_the_supervisor_saves_and_ends_with_75(tmp_path: Path, number: int) -> None:
-    if signal.getsignal(number) is signal.SIG_IGN:  # as nohup leaves SIGHUP, which the supervisor respects
-        signal.signal(number, signal.SIG_DFL)
-    job = Job(tmp_path, steps=1000, seconds=0.02)
-    once_under_way(job, lambda: os.kill(os.getpid(), number))
-    assert job.run() == 75
-    saved = int((tmp_path / "saved").read_text())
-    assert saved == job.history[-1] > 0
-    assert goodput.read(tmp_path)[-1]["cause"] == "preempted"
-
-
-def test_a_signal_to_one_rank_is_no_failure(tmp_path: Path) -> None:
-    job = Job(tmp_path, steps=1000, seconds=0.02)
-    once_under_way(job, lambda: os.kill(read_beats(job.nodes[-1].scratch)[1].pid, signal.SIGTERM))
-    assert job.run() == 75
-    assert job.rows == []
-
-
-def test_a_rank_that_leaves_before_all_have_met_does_not_keep_the_others_waiting(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(supervisor, "LEAVING_SECONDS", 0.5)
-    job = Job(tmp_path)
-    job.fault(0, 0, "exit75")  # the other rank waits for it in its first step, which never ends
-    assert job.run() == 75
-
-
-def test_a_failure_after_a_signal_is_not_called_saved(tmp_path: Path) -> None:
-    job = Job(tmp_path, steps=1000, seconds=0.02)
-
-    def ask_and_kill() -> None:
-        rank = read_beats(job.nodes[-1].scratch)[1].pid
-        os.kill(rank, signal.SIGSTOP)  # so that it cannot save before it dies
-        os.kill(os.getpid(), signal.SIGTERM)
-        wait_for(lambda: job.supervisor._forwarded == 1)
-        os.kill(rank, signal.SIGKILL)
-
-    once_under_way(job, ask_and_kill)
-    assert job.run() == 4
-    assert goodput.read(tmp_path)[-1]["cause"] == "died"
-    assert len(job.nodes) == 1, "it was asked to stop, so it is not started again"
-
-
 @pytest.mark.parametrize("fault", [False, True])
 def test_a_full_disk_costs_the_book_and_not_the_job(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: bool
@@ -317,100 +201,6 @@ def test_a_full_disk_costs_the_book_and_not_the_job(
     assert job.history == list(range(1, 13))
     assert len(job.nodes) == 1 + fault
     assert events.snapshot()["launch.book_failed"] == before + (5 if fault else 3)
-
-
-class Elsewhere:
-    """A machine whose rank gets on until it is cut off, which `when` says."""
-
-    name, ranks, watched = "elsewhere", 1, 1
-
-    def __init__(self, when: Callable[[], bool]) -> None:
-        self.when = when
-
-    def state(self) -> State:
-        now = time.monotonic()
-        beat = Beat(9, 1, 0.0, self.name, now, 1, now, 1000, 0, Phase.STEP, None, 0.0, "")
-        return State([], Failure("cut off", "gone", host=self.name)) if self.when() else State([beat])
-
-    def send_signal(self, number: int) -> None:
-        pass
-
-    def stacks(self) -> dict[str, str]:
-        return {}
-
-    def kill(self) -> None:
-        pass
-
-
-@pytest.mark.parametrize("grace", [60.0, 0.05])
-def test_a_connection_that_ends_with_the_job_does_not_keep_the_rest_from_saving(tmp_path: Path, grace: float) -> None:
-    job = Job(tmp_path, steps=1000, seconds=0.2, grace_seconds=grace)
-    start = job.supervisor._start
-    elsewhere = Elsewhere(lambda: bool(job.supervisor._signals))
-    job.supervisor._start = lambda attempt, name: [*start(attempt, name), elsewhere]
-    once_under_way(job, lambda: os.kill(os.getpid(), signal.SIGTERM), steps=2)
-    assert job.run() == (75 if grace > 1 else 4), "it is waited for a while only"
-    if grace > 1:
-        assert int((tmp_path / "saved").read_text()) == job.history[-1]
-
-
-def test_a_second_signal_stops_at_once(tmp_path: Path) -> None:
-    job = Job(tmp_path, steps=1000, seconds=0.02)
-    job.fault(0, 5, "SIGSTOP")
-
-    def ask_twice() -> None:
-        os.kill(os.getpid(), signal.SIGTERM)
-        # A second signal within two seconds counts as an echo of the first.
-        wait_for(lambda: job.supervisor._signals and time.monotonic() - job.supervisor._signals[0][1] > 2)
-        os.kill(os.getpid(), signal.SIGTERM)
-
-    once_under_way(job, ask_twice, steps=4)
-    began = time.monotonic()
-    assert job.run() == 128 + signal.SIGTERM
-    assert time.monotonic() - began < 50, "before any limit"
-
-
-def test_a_killed_supervisor_leaves_no_orphan_not_even_a_stopped_one(tmp_path: Path) -> None:
-    (tmp_path / "fault-1").write_text("5 SIGSTOP")
-    code = f"""
-import sys; sys.path.insert(0, {str(HERE)!r})
-from pathlib import Path
-from test_supervisor import Job
-limits = dict.fromkeys(("heartbeat_seconds", "data_seconds", "step_seconds"), 300)
-job = Job(Path({str(tmp_path)!r}), steps=1000, grace_seconds=1, **limits)
-start = job.supervisor._start
-def told(*words):
-    nodes = start(*words)
-    print(nodes[0]._mark, flush=True)
-    return nodes
-job.supervisor._start = told
-job.run()
-"""
-    supervisor = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
-    assert supervisor.stdout is not None
-    mark = supervisor.stdout.readline().strip()
-    wait_for(lambda: (tmp_path / "history").exists() and not (tmp_path / "fault-1").exists())
-    assert len(processes.members(mark)) == 2
-    supervisor.kill()
-    supervisor.wait()
-    wait_for(lambda: processes.members(mark) == [])
-
-
-def once_under_way(job: Job, action: Callable[[], None], steps: int = 10) -> None:
-    """Do something in the middle of the run, whenever that is."""
-
-    def wait_and_act() -> None:
-        wait_for(lambda: (job.directory / "history").exists() and len(job.history) >= steps)
-        action()
-
-    threading.Thread(target=wait_and_act, daemon=True).start()
-
-
-def wait_for(condition: Callable[[], Any], seconds: float = 120) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "it did not happen"
-        time.sleep(0.05)
 
 
 def test_summary_has_the_cost_of_every_cause(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import threading
 from pathlib import Path
 
 import pytest
-from test_supervisor import Job
+from toy_jobs import Job
 
 from ardist.config.launch import LaunchConfig
 from ardist.events import events

@@ -78,7 +78,9 @@ def test_states_by_stage() -> None:
     # bf16 weights and gradients 2 + 2, fp32 masters and two moments 12, one average of which each rank holds a share.
     assert states[0].weights + states[0].gradients + states[0].masters + states[0].moments == 16 * million
     assert states[1].masters + states[1].moments == 12 * million // 8
-    assert states[1].gradients == 2 * million
+    # Two buckets of 50 million, and what is not in one of them.
+    assert states[1].gradients == 2 * million + 2 * 50_000_000
+    assert states[1].reserved == states[2].reserved == 2 * 2 * 50_000_000
     assert states[2].gradients < 2 * million // 3
     assert all(state.averages == 4 * million // 8 for state in states)
     assert states[0].total > states[1].total > states[2].total
@@ -86,8 +88,16 @@ def test_states_by_stage() -> None:
         memory_per_rank(config, million, 1, 7, stage=0).total == memory_per_rank(config, million, 1, 0, stage=0).total
     )
     many = memory_per_rank(config, million, 1, 9 * million, stage=0)
-    assert many.total == states[0].total - 4 * million // 8 - states[0].buffers + (9 - 2 + 4) * million
-    assert memory_per_rank(config, million, 1, 0, stage=0).buffers == 0
+    assert many.total == (2 + 12 + 4 + 9) * million, "activations above all that the optimiser's step needs"
+    few = memory_per_rank(config, million, 1, 0, stage=0)
+    assert few.total == (2 + 12 + 4 + 6) * million, "gradients once more in fp32 for the step"
+    assert few.buffers == 2 * 500_000_000, "reduced in copies, also alone"
+    sums = config.model_copy(
+        update={"training": config.training.model_copy(update={"grad_accumulation": "fp32", "zero_stage": 1})}
+    )
+    whole = memory_per_rank(sums, million, 8, 0, stage=1)
+    assert (whole.reserved, whole.gradients) == (4 * million, 6 * million)
+    assert memory_per_rank(sums, million, 8, 0, stage=0) == states[0], "there are no such sums"
 
 
 def test_live_bytes_are_those_of_tensors_alive() -> None:
@@ -233,5 +243,7 @@ def test_processes_of_this_machine_have_no_peak_rate(data: Path) -> None:
     plan = make_plan(config_of(data), gpus=2, device="cpu")
     assert plan.speed is None
     assert plan.device_bytes == psutil.virtual_memory().total
-    assert plan.memory[1, "none"].buffers == 3 * make_plan(config_of(data), gpus=2).memory[1, "none"].buffers
+    memory = plan.memory[1, "none"]
+    assert memory.snapshots == memory.masters + memory.moments + memory.averages, "checkpoints are written from copies"
+    assert make_plan(config_of(data), gpus=2).memory[1, "none"].snapshots == 0, "which a GPU has on the host"
     assert any("beyond its bare process" in note for note in plan.notes)

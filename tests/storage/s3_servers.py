@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import ceph_gateway
+import pytest
 
 CHOICE = "ARDIST_TEST_S3"
 """Environment variable that decides: ceph (an error where it is not installed) or moto."""
@@ -73,15 +74,25 @@ def start_server(kind: str, folder: Path) -> Iterator[S3Server]:
     warnings.warn(why if chosen == "moto" else "S3 tests of this folder run against moto's server", stacklevel=2)
     from moto.server import ThreadedMotoServer
 
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    server = ThreadedMotoServer("127.0.0.1", port, verbose=False)
+    server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
     server.start()
+    _, port = server.get_host_and_port()
     try:
         yield S3Server("moto", f"http://127.0.0.1:{port}", "AKTEST", "SKTESTSKTEST")
     finally:
         server.stop()
+
+
+@contextlib.contextmanager
+def moto_in_environment(folder: Path) -> Iterator[S3Server]:
+    """moto's server with an empty bucket for the length of a block, and the environment pointing there."""
+    import boto3
+
+    with start_server("moto", folder) as running, pytest.MonkeyPatch.context() as patch:
+        for name, value in running.environment().items():
+            patch.setenv(name, value)
+        boto3.client("s3").create_bucket(Bucket=BUCKET)
+        yield running
 
 
 @dataclass
