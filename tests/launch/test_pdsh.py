@@ -12,7 +12,7 @@ import pytest
 import yaml
 from ssh_servers import missing, ssh_servers
 from tiny import losses, records, sample_ids, settings, write_latents
-from two_nodes import HOSTS, ODD, SCRIPT, Pair, two_nodes, wait_until
+from two_nodes import HOSTS, ODD, SCRIPT, Pair, two_nodes, until_said, wait_until
 
 from ardist.training import goodput
 
@@ -39,8 +39,9 @@ class Machines:
         """What is still there of any job."""
         return self.pair.running() - self._servers
 
-    def start(self, directory: Path, *words: str, hosts: str = HOSTS, pace: float = 0.3) -> subprocess.Popen[str]:
-        """The script on the first machine."""
+    def start(self, directory: Path, *words: str, hosts: str = HOSTS, before: int = 0) -> subprocess.Popen[str]:
+        """The script on the first machine; its ranks wait at the `before`-th batch they ask for until the file
+        ``gate`` is there."""
         directory.mkdir(exist_ok=True)
         config, hostfile = directory / "a config.yaml", directory / "hosts"
         launch = {"restart_pause_seconds": 0.1, "node_seconds": 30, "heartbeat_seconds": 60}
@@ -49,7 +50,7 @@ class Machines:
         hostfile.write_text(hosts)
         line = [*self.pair.inside(0), str(SCRIPT), "--hostfile", str(hostfile), "--remote-shell", "pdsh"]
         environment = self.environment | {
-            "ARDIST_FAULT": f"sleep@trainer.batch:{pace}",
+            "ARDIST_FAULT": f"wait@trainer.batch#{before}:{directory / 'gate'}" if before else "",
             "AWS_SECRET_ACCESS_KEY": "canary",
         }
         return subprocess.Popen(
@@ -112,10 +113,11 @@ def reached(job: subprocess.Popen[str], run_dir: Path, step: int) -> None:
 def test_both_machines_train_and_a_rank_killed_on_the_other_one_is_healed(
     machines: Machines, one_machine: Path, tmp_path: Path
 ) -> None:
-    job = machines.start(tmp_path, f"tracking.name={ODD}")
+    job = machines.start(tmp_path, f"tracking.name={ODD}", before=7)
     reached(job, tmp_path / "the run", 6)
     assert not any("canary" in " ".join(words) for words in processes_of("pdsh").values())
     os.kill(rank_of_machine(1, tmp_path / "a config.yaml"), signal.SIGKILL)
+    (tmp_path / "gate").touch()
     output, _ = job.communicate(timeout=400)
     assert job.returncode == 0, output
     resolved = yaml.safe_load((tmp_path / "the run" / "config.resolved.yaml").read_text())
@@ -130,18 +132,22 @@ def test_both_machines_train_and_a_rank_killed_on_the_other_one_is_healed(
 def test_asked_to_stop_both_save_and_a_killed_launcher_leaves_nothing(
     machines: Machines, one_machine: Path, tmp_path: Path
 ) -> None:
-    job = machines.start(tmp_path)
+    job = machines.start(tmp_path, before=3)
     reached(job, tmp_path / "the run", 2)
     job.send_signal(signal.SIGTERM)
+    until_said(job, "SIGTERM was passed on")
+    (tmp_path / "gate").touch()
     output, _ = job.communicate(timeout=200)
     assert job.returncode == 75, output
+    saved = max(records(tmp_path / "the run"))
     wait_until(lambda: not machines.left())
-    job = machines.start(tmp_path, pace=1.0)
-    reached(job, tmp_path / "the run", 5)
+    (tmp_path / "gate").unlink()
+    job = machines.start(tmp_path, before=3)
+    reached(job, tmp_path / "the run", saved + 2)
     job.kill()
     job.communicate(timeout=60)
     wait_until(lambda: not machines.left())
-    job = machines.start(tmp_path, pace=0)
+    job = machines.start(tmp_path)
     output, _ = job.communicate(timeout=300)
     assert job.returncode == 0, output
     assert losses(tmp_path / "the run") == losses(one_machine)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fork_ranks import TrainingJob
+from fork_ranks import ForkNode, TrainingJob
 from tiny import losses, records, sample_ids, write_latents
 
 from ardist.training import goodput
@@ -201,3 +201,36 @@ def in_phase(job: TrainingJob, phase: Phase, rank: int, number: int) -> None:
             return job.gate.touch()
         time.sleep(0.005)
     return None
+
+
+class Elastic(TrainingJob):
+    """A job that has another number of ranks in every attempt."""
+
+    def __init__(self, directory: Path, data: Path, sizes: list[int], faults: tuple[str, ...] = ()) -> None:
+        super().__init__(directory, data, faults=faults)
+        self._sizes = iter(sizes)
+
+    def start(self, attempt: int, job: str) -> list[ForkNode]:
+        self.ranks = next(self._sizes)
+        return super().start(attempt, job)
+
+
+def test_nodes_are_lost_and_come_back(tmp_path: Path, data: Path, uninterrupted: Path) -> None:
+    """A12: four ranks, two that are left, three that cannot share the batch, one that ends it."""
+    # Four lose one in step 5 and go back to 3; two lose one in step 8, their fifth, and go back to 6.
+    job = Elastic(tmp_path, data, [4, 2, 3], ("kill@trainer.batch/3#5", "kill@trainer.batch/1#5"))
+    assert job.run() == 2
+    assert "global_batch_size=8 cannot be split over 3 ranks; legal numbers of ranks: [1, 2, 4, 8]" in job.stderr()
+    assert len(job.nodes) == 3, "what cannot be is not tried again"
+    assert Elastic(tmp_path, data, [1]).run() == 0, job.stderr()
+    book = goodput.read(job.run_dir)
+    assert [record["cause"] for record in book if record["event"] == "end"] == ["died", "died", "error", "done"]
+    begun = [(record["ranks"], record["resumed_step"]) for record in book if record["event"] == "first_step"]
+    assert begun == [(4, 0), (2, 3), (1, 6)]
+    for path in (tmp_path / "run" / "logs").glob("samples-rank-*.jsonl"):
+        # Steps that ranks made which are no more, and that the ranks left made again.
+        last = {0: 9, 1: 6}.get(int(path.stem.rpartition("-")[2]), 3)
+        lines = [line for line in path.read_text().splitlines(keepends=True) if json.loads(line)["step"] <= last]
+        path.write_text("".join(lines))
+    assert sample_ids(job.run_dir) == sample_ids(uninterrupted)
+    assert losses(job.run_dir) == pytest.approx(losses(uninterrupted), abs=1e-5)

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 from tiny import losses, records, sample_ids, settings, write_latents
-from two_nodes import HOSTS, ODD, SCRIPT, Pair, possible, two_nodes, wait_until
+from two_nodes import HOSTS, ODD, SCRIPT, Pair, possible, two_nodes, until_said, wait_until
 
 from ardist.training import goodput
 
@@ -53,10 +53,10 @@ def one_machine(tmp_path_factory: pytest.TempPathFactory, data: Path) -> Path:
     return directory / "run"
 
 
-def start(pair: Pair, node: int, *words: str, pace: float = 0.5) -> subprocess.Popen[str]:
+def start(pair: Pair, node: int, *words: str, fault: str = "") -> subprocess.Popen[str]:
     """The script on one of the machines."""
     line = [*pair.inside(node), str(SCRIPT), "--no-ssh", "--node-rank", str(node), *words]
-    environment = {**os.environ, "GLOO_SOCKET_IFNAME": "veth0", "ARDIST_FAULT": f"sleep@trainer.batch:{pace}"}
+    environment = {**os.environ, "GLOO_SOCKET_IFNAME": "veth0", "ARDIST_FAULT": fault}
     return subprocess.Popen(line, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
@@ -77,7 +77,7 @@ def test_each_machine_by_its_own_launcher(
     if not hostfile:
         where = ["--num-nodes", "2", "--ranks", "1", "--master-addr", "10.77.0.1", "--master-port", "29444"]
     words = ["--launcher", engine, *where, str(config), f"tracking.name={ODD}"]
-    jobs = [start(pair, node, *words, pace=0) for node in (1, 0)]
+    jobs = [start(pair, node, *words) for node in (1, 0)]
     said = finish(jobs)
     assert [job.returncode for job in jobs] == [0, 0], "\n".join(said)
     assert yaml.safe_load((run / "config.resolved.yaml").read_text())["tracking"]["name"] == ODD
@@ -96,9 +96,11 @@ def test_a_rank_killed_on_one_machine_is_healed_by_both_launchers(
     config, run = write_config(tmp_path / "config.yaml", tmp_path / "run", data), tmp_path / "run"
     (tmp_path / "hosts").write_text(HOSTS)
     words = ["--launcher", engine, "--hostfile", str(tmp_path / "hosts"), str(config)]
-    jobs = [start(pair, node, *words) for node in (0, 1)]
+    gate = tmp_path / "gate"
+    jobs = [start(pair, node, *words, fault=f"wait@trainer.batch#7:{gate}") for node in (0, 1)]
     wait_until(lambda: (run / "metrics.jsonl").exists() and max(records(run), default=0) >= 6)
     os.kill(rank(pair, 1, config), signal.SIGKILL)
+    gate.touch()
     said = finish(jobs)
     assert [job.returncode for job in jobs] == [0, 0], "\n".join(said)
     assert sample_ids(run) == sample_ids(one_machine)
@@ -112,9 +114,12 @@ def test_a_stop_asked_of_one_machine_saves_on_both(pair: Pair, tmp_path: Path, d
     config, run = write_config(tmp_path / "config.yaml", tmp_path / "run", data), tmp_path / "run"
     (tmp_path / "hosts").write_text(HOSTS)
     words = ["--launcher", "plain", "--hostfile", str(tmp_path / "hosts"), str(config)]
-    jobs = [start(pair, node, *words) for node in (0, 1)]
+    gate = tmp_path / "gate"
+    jobs = [start(pair, node, *words, fault=f"wait@trainer.batch#6:{gate}") for node in (0, 1)]
     wait_until(lambda: (run / "metrics.jsonl").exists() and max(records(run), default=0) >= 5)
     jobs[1].send_signal(signal.SIGTERM)
+    until_said(jobs[1], "SIGTERM was passed on")
+    gate.touch()
     said = finish(jobs)
     assert [job.returncode for job in jobs] == [75, 75], "\n".join(said)
     alone = [str(SCRIPT), "--launcher", "plain", "--ranks", "2", str(config)]

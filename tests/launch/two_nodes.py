@@ -35,6 +35,14 @@ def wait_until(condition: Callable[[], object], seconds: float = 200) -> None:
         time.sleep(0.1)
 
 
+def until_said(job: subprocess.Popen[str], text: str) -> None:
+    """Read what a job says until a line has `text`; what is read is gone from its output."""
+    seen = []
+    while text not in (line := job.stdout.readline()):
+        seen.append(line)
+        assert line, "".join(seen)
+
+
 def serve(address: str) -> None:
     """A shell for everybody who connects: a line with the script, then its input; frames of output come back."""
     listener = socket.create_server((address, PORT))

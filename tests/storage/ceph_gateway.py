@@ -26,6 +26,8 @@ from pathlib import Path
 PROGRAMS = ("radosgw", "radosgw-admin", "ceph-mon", "ceph-osd", "ceph", "ceph-authtool", "monmaptool")
 ACCESS_KEY, SECRET_KEY = "AKTEST", "SKTESTSKTEST"
 START_SECONDS = 120.0
+TRIES = 3
+"""Times that the daemons are started, each with ports of its own."""
 
 KEYS = {
     "mon.": {"mon": "allow *"},
@@ -118,11 +120,20 @@ def _launch(folder: Path) -> None:
 def _keep(folder: Path) -> None:
     """Run the daemons until nobody uses them."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    data = Path(tempfile.mkdtemp(dir=folder, prefix="d"))
-    try:
-        _serve(folder, data)
-    finally:
-        shutil.rmtree(data, ignore_errors=True)
+    for attempt in range(TRIES):
+        data = Path(tempfile.mkdtemp(dir=folder, prefix="d"))
+        try:
+            return _serve(folder, data)
+        except DaemonEndedError as error:
+            print(error, flush=True)
+            if attempt == TRIES - 1:
+                raise
+        finally:
+            shutil.rmtree(data, ignore_errors=True)
+
+
+class DaemonEndedError(RuntimeError):
+    """A daemon ended by itself: somebody else may listen on a port that was chosen for it, which it cannot hold."""
 
 
 def _serve(folder: Path, data: Path) -> None:
@@ -145,13 +156,13 @@ def _serve(folder: Path, data: Path) -> None:
         _run("ceph-mon", "-i", "a", "--mkfs", "--monmap", f"{data}/monmap", "--keyring", f"{data}/keyring")
         daemons.append(_daemon("ceph-mon", "-i", "a", "-f"))
         identity = str(uuid.uuid4())
-        _run("ceph", "osd", "new", identity)
+        _run_with(daemons, "ceph", "osd", "new", identity)
         _run("ceph", "osd", "crush", "add", "osd.0", "1.0", "root=default")
         _run("ceph-osd", "-i", "0", "--mkfs", "--osd-uuid", identity)
         daemons.append(_daemon("ceph-osd", "-i", "0", "-f"))
         daemons.append(_daemon("radosgw", "-n", "client.rgw", "-f"))
         endpoint = f"http://127.0.0.1:{ports[2]}"
-        _wait_for(endpoint)
+        _wait_for(endpoint, daemons)
         _run(
             *("radosgw-admin", "user", "create", "--uid", "tests", "--display-name", "tests"),
             *("--access-key", ACCESS_KEY, "--secret-key", SECRET_KEY),
@@ -171,6 +182,29 @@ def _run(*words: str) -> None:
     subprocess.run(words, check=True, stdout=subprocess.DEVNULL, timeout=START_SECONDS)
 
 
+def _run_with(daemons: list[subprocess.Popen[bytes]], *words: str) -> None:
+    """Run a command that needs the daemons, and would wait for one that is no more."""
+    process = subprocess.Popen(words, stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + START_SECONDS
+    try:
+        while process.poll() is None:
+            _check(daemons)
+            if time.monotonic() > deadline:
+                raise subprocess.TimeoutExpired(words, START_SECONDS)
+            time.sleep(0.05)
+    finally:
+        process.kill()
+        process.wait()
+    if process.returncode:
+        raise subprocess.CalledProcessError(process.returncode, words)
+
+
+def _check(daemons: list[subprocess.Popen[bytes]]) -> None:
+    for daemon in daemons:
+        if daemon.poll() is not None:
+            raise DaemonEndedError(f"{daemon.args!r} ended with {daemon.returncode}")
+
+
 def _daemon(*words: str) -> subprocess.Popen[bytes]:
     keeper = os.getpid()
 
@@ -182,9 +216,10 @@ def _daemon(*words: str) -> subprocess.Popen[bytes]:
     return subprocess.Popen(words, stdout=subprocess.DEVNULL, preexec_fn=die_with_keeper)
 
 
-def _wait_for(endpoint: str) -> None:
+def _wait_for(endpoint: str, daemons: list[subprocess.Popen[bytes]]) -> None:
     deadline = time.monotonic() + START_SECONDS
     while True:
+        _check(daemons)  # before the answer is believed: somebody else's server answers too
         try:
             urllib.request.urlopen(endpoint, timeout=5).close()
             return
