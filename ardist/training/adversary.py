@@ -1,11 +1,13 @@
-"""The discriminator of the AR-VAE's stage 1 in training: its gradients, its optimiser, its state (METHOD section 5).
+"""The discriminator of the AR-VAE's stage 1 in training: its gradients, its engine, its state (METHOD section 5).
 
-It is a small module with an AdamW of its own, whole on every rank in fp32, and no second DeepSpeed engine. At full
-size (2.8M parameters beside 641M) sharding its 44 MB would save each rank 0.4 % of what ZeRO-0 holds for the
-autoencoder. And an engine refuses what is needed here: after a gradient at the frames was taken through its model,
-ZeRO-1 of DeepSpeed 0.19.8 ends its own backward pass with an IndexError in ``reduce_ipg_grads`` (tried with two ranks).
-So all ranks hold it and average its gradients themselves, once per step, in the same reduction that brings the last
-layer's gradients together.
+It trains under a DeepSpeed engine of its own, beside the autoencoder's: in fp32, with the autoencoder's ZeRO stage up
+to 2. Its weights stay whole on every rank (2.8M parameters beside 641M), its gradients and AdamW's state are
+partitioned as the stage says.
+
+The autoencoder needs the discriminator's gradient at the frames, and DeepSpeed 0.19.8 ends the backward pass whenever
+one reaches the outputs of its engine: it then reduces gradients that nobody has made (an IndexError in
+``reduce_ipg_grads`` with ZeRO-1). So that gradient is taken within the forward pass of the engine's module, before the
+engine sees an output; what comes out can only be followed back for what the discriminator itself learns.
 
 Both sides learn in every step, from one pass of the discriminator over the reconstructions. The adaptive weight is
 that of the step before: both norms are then of the whole global batch, and neither the number of ranks nor the
@@ -14,6 +16,7 @@ micro-batch size changes the loss curve. In the first step, when the discriminat
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -22,10 +25,10 @@ import torch
 import torch.distributed as dist
 from jaxtyping import Float
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from ardist import fault
-from ardist.config import TrainConfig, batch_layout
+from ardist.config import TrainConfig
 from ardist.errors import CheckpointError
 from ardist.events import events
 from ardist.models.ar_vae.discriminator import (
@@ -35,10 +38,14 @@ from ardist.models.ar_vae.discriminator import (
     generator_hinge_loss,
 )
 from ardist.training.distributed import World
+from ardist.training.engine import Engine
 from ardist.training.fragments import MOMENTS
+from ardist.training.guard import on_device
 
 ADVERSARY_FILE = "discriminator.safetensors"
 _SEED_OFFSET = 1
+_BUCKET_STEP = 2**16
+"""DeepSpeed wants buckets of a multiple of a small power of two."""
 
 
 class Verdict(NamedTuple):
@@ -49,71 +56,75 @@ class Verdict(NamedTuple):
     terms: dict[str, Tensor]
 
 
+class Lesson(nn.Module):
+    """The discriminator with both of its losses: the module that its engine trains."""
+
+    def __init__(self, judge: PatchDiscriminator, autocast: torch.autocast) -> None:
+        super().__init__()
+        self.judge = judge
+        self.autocast = autocast
+
+    def forward(
+        self, reconstruction: Float[Tensor, "b f 3 h w"], frames: Float[Tensor, "b f 3 h w"]
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """What the discriminator minimises, with a graph; without one what the autoencoder does, the gradient of that
+        at the frames of `reconstruction` (a leaf that requires one), and the mean logits of real and fake patches."""
+        with self.autocast:
+            fake, real = self.judge(reconstruction), self.judge(frames)
+        theirs = generator_hinge_loss(fake)
+        (gradient,) = torch.autograd.grad(theirs, reconstruction, retain_graph=True)
+        own = discriminator_hinge_loss(real, fake)
+        return own, theirs.detach(), gradient, real.detach().mean(), fake.detach().mean()
+
+
 class Adversary:
-    """The discriminator and its optimiser; equal on every rank at every time."""
+    """The discriminator under its engine; the weights are equal on every rank at every time."""
 
     def __init__(self, config: TrainConfig, world: World) -> None:
         self.config = config.ar_vae_loss
         self.world = world
-        self.accumulation = batch_layout(config.training, world.size)[1]
-        self.clip = config.optimizer.grad_clip
         self.lr_ratio = (self.config.discriminator_lr or config.optimizer.lr) / config.optimizer.lr
-        self.autocast = torch.autocast(
+        autocast = torch.autocast(
             world.device.type, torch.bfloat16, enabled=config.training.precision == "bf16", cache_enabled=False
         )
         with torch.random.fork_rng(devices=[]):  # the autoencoder's own weights do not depend on whether we are here
             torch.manual_seed(config.seed + _SEED_OFFSET)
             self.model = PatchDiscriminator(self.config.discriminator_channels, self.config.discriminator_layers)
-        self.model.to(world.device)
-        self.optimizer = torch.optim.AdamW(
-            self.model.parameters(),
-            lr=config.optimizer.lr * self.lr_ratio,
-            betas=config.optimizer.betas,
-            eps=config.optimizer.eps,
-            weight_decay=config.optimizer.weight_decay,
-            fused=True,
-        )
+            self.engine = Engine(Lesson(self.model, autocast), _engine_config(config, self.model), world)
         self.active = False
         self.weight = torch.zeros((), device=world.device)
         """The adaptive weight for the present step."""
         self.skipped_alone = torch.zeros((), device=world.device)
         """Steps that only the discriminator had to skip."""
-        self._sizes = [parameter.numel() for parameter in self.model.parameters()]
-        self._sums = torch.empty(0)
-        self._pulls: list[Tensor] = []
+        self._pulls: Tensor | None = None
 
     def begin(self, step: int) -> None:
         """Before optimiser step `step` (0-based): take part from ``adversarial_start`` on."""
         self.active = step >= self.config.adversarial_start
-        self._pulls = []
+        self._pulls = None
 
     def judge(self, reconstruction: Float[Tensor, "b f 3 h w"], frames: Float[Tensor, "b f 3 h w"]) -> Verdict:
         """Judge a micro-batch, and add to the discriminator's gradients what it learns from it.
 
         `reconstruction` is a leaf that requires a gradient; nothing flows on from it.
         """
-        with self.autocast:
-            fake, real = self.model(reconstruction), self.model(frames)
-        loss = generator_hinge_loss(fake)
-        (gradient,) = torch.autograd.grad(loss, reconstruction, retain_graph=True)
-        own = discriminator_hinge_loss(real, fake)
+        own, loss, gradient, real, fake = self.engine(reconstruction, frames)
         if (factor := fault.point("adversary.loss")) is not None:
             own = own * float(factor or "nan")
-        parameters = list(self.model.parameters())
-        (own / self.accumulation).backward(inputs=parameters)
+        self.engine.backward(own)
         terms = {
-            "generator": loss.detach(),
+            "generator": loss,
             "discriminator": own.detach(),
-            "logits_real": real.detach().mean(),
-            "logits_fake": fake.detach().mean(),
+            "logits_real": real,
+            "logits_fake": fake,
             "adaptive_weight": self.weight,
         }
-        return Verdict(loss.detach(), gradient, terms)
+        return Verdict(loss, gradient, terms)
 
     def compare(self, reconstruction: Float[Tensor, "3 c 3 3"], adversarial: Float[Tensor, "3 c 3 3"]) -> None:
         """Add one micro-batch's gradients of both losses at the autoencoder's last layer."""
-        both = torch.stack([reconstruction, adversarial]) / self.accumulation
-        self._pulls = [both if not self._pulls else self._pulls[0] + both]
+        both = torch.stack([reconstruction, adversarial]) / self.engine.accumulation
+        self._pulls = both if self._pulls is None else self._pulls + both
 
     @torch.no_grad()
     def step(self, lr: float, skipped: Tensor | bool) -> None:
@@ -123,39 +134,26 @@ class Adversary:
         """
         if not self.active:
             return
-        parameters = list(self.model.parameters())
-        gradients = [parameter.grad for parameter in parameters]
-        assert all(gradient is not None for gradient in gradients)
-        flat = torch.cat([part.flatten() for part in (*gradients, *self._pulls) if part is not None])
+        assert self._pulls is not None
+        outcome = self.engine.step(lr * self.lr_ratio, veto=skipped)
+        bad = on_device(outcome.skipped, self.weight)
+        self.skipped_alone += (bad & ~on_device(skipped, self.weight)).float()
         if self.world.size > 1:
-            dist.all_reduce(flat)
-            flat /= self.world.size
-        own, pulls = flat.split([sum(self._sizes), flat.numel() - sum(self._sizes)])
-        for parameter, part in zip(parameters, own.split(self._sizes), strict=True):
-            parameter.grad = part.view_as(parameter)
-        norm = own.norm()
-        bad = ~torch.isfinite(norm)
-        theirs = skipped > 0 if isinstance(skipped, Tensor) else torch.full_like(bad, skipped)
-        self.skipped_alone += (bad & ~theirs).float()
-        bad = bad | theirs
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr * self.lr_ratio
-        scale = ((norm + 1e-6) / self.clip).clamp(min=1.0) if self.clip else torch.ones_like(norm)
-        # The fused kernel divides by the one and leaves weights, moments and step count alone for the other.
-        self.optimizer.grad_scale = torch.where(bad, torch.ones_like(scale), scale)  # type: ignore[attr-defined]
-        self.optimizer.found_inf = bad.float()  # type: ignore[attr-defined]
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        fresh = adaptive_weight(*pulls.chunk(2))
+            dist.all_reduce(self._pulls)
+        fresh = adaptive_weight(*(self._pulls / self.world.size))
         self.weight = torch.where(bad | ~torch.isfinite(fresh), self.weight, fresh)
 
     def state(self) -> dict[str, Tensor]:
-        """All that a checkpoint must hold, as copies on the host; equal on every rank."""
+        """All that a checkpoint must hold, whole and on the host (collective)."""
+        fragments = self.engine.fragments
+        stretches = {"master": [fragments.master(run) for run in fragments.owned]}
         state = {"adaptive_weight": self.weight, "skipped_alone": self.skipped_alone}
-        for name, parameter in self.model.named_parameters():
-            state[f"master.{name}"] = parameter
-            moments = self.optimizer.state.get(parameter, {})
-            state |= {f"{kind}.{name}": moments[kind] for kind in (*MOMENTS, "step") if kind in moments}
+        if fragments.has_moments():
+            stretches |= {kind: [fragments.moment(run, kind) for run in fragments.owned] for kind in MOMENTS}
+            count = torch.tensor(max(fragments.steps().values(), default=0.0))  # both parameter groups step together
+            state |= {f"step.{_short(name)}": count for name in fragments.shapes}
+        for kind, mine in stretches.items():
+            state |= {f"{kind}.{_short(name)}": value for name, value in fragments.whole(mine)}
         return {name: value.detach().cpu().clone() for name, value in state.items()}
 
     def restore(self, checkpoint: Path, files: Sequence[str]) -> None:
@@ -167,8 +165,10 @@ class Adversary:
 
     @torch.no_grad()
     def load(self, state: Mapping[str, Tensor], source: str) -> None:
-        """Take over a saved state bit for bit; `CheckpointError` when it is of another discriminator."""
-        shapes = {f"master.{name}": tuple(p.shape) for name, p in self.model.named_parameters()}
+        """Take over a saved state bit for bit, into whatever layout this is (collective); `CheckpointError` when it is
+        of another discriminator."""
+        fragments = self.engine.fragments
+        shapes = {f"master.{_short(name)}": tuple(shape) for name, shape in fragments.shapes.items()}
         saved = {name: tuple(value.shape) for name, value in state.items() if name.startswith("master.")}
         if shapes != saved:
             raise CheckpointError(
@@ -177,14 +177,48 @@ class Adversary:
             )
         self.weight = state["adaptive_weight"].to(self.world.device)
         self.skipped_alone = state["skipped_alone"].to(self.world.device)
-        for name, parameter in self.model.named_parameters():
-            parameter.copy_(state[f"master.{name}"])
-            kinds = [kind for kind in (*MOMENTS, "step") if f"{kind}.{name}" in state]
-            self.optimizer.state[parameter] = {
-                kind: state[f"{kind}.{name}"].to(self.world.device).clone() for kind in kinds
-            }
-            if not kinds:
-                del self.optimizer.state[parameter]
+        counts = [float(value) for name, value in state.items() if name.startswith("step.")]
+        if counts:
+            fragments.create_moments()
+            fragments.set_steps({run.group: counts[0] for run in fragments.held})
+        else:
+            fragments.drop_moments()
+        for run in fragments.held:
+            targets = {"master": fragments.master(run)}
+            targets |= {kind: fragments.moment(run, kind) for kind in MOMENTS if counts}
+            for name, start, length, offset in run.fragments:
+                for kind, target in targets.items():
+                    whole = state[f"{kind}.{_short(name)}"].view(-1)
+                    target.narrow(0, offset, length).copy_(whole.narrow(0, start, length))
+        fragments.refresh_working_weights()
+
+
+def _short(name: str) -> str:
+    """A parameter's name within the discriminator, from its name within the engine's module."""
+    return name.removeprefix("judge.")
+
+
+def _engine_config(config: TrainConfig, model: PatchDiscriminator) -> TrainConfig:
+    """The run's configuration as far as the discriminator's engine goes by it, with what is its own.
+
+    Nothing is gained by putting so few weights away, on other ranks (ZeRO-3) or on the host, nor by compiling them. The
+    device guard lets the autoencoder's bad steps be skipped too, and never makes the host wait.
+    """
+    numbers = sum(parameter.numel() for parameter in model.parameters())
+    training = config.training.model_copy(
+        update={
+            "zero_stage": min(config.training.zero_stage, 2),
+            "precision": "fp32",
+            "offload": "none",
+            "guard": "device",
+            "spike_policy": "off",
+            "compile": False,
+        }
+    )
+    # Buckets that hold all of it, instead of hundreds of MB for a model of 11.
+    size = math.ceil(numbers / _BUCKET_STEP) * _BUCKET_STEP
+    buckets = {"reduce_bucket_size": size, "allgather_bucket_size": size} if training.zero_stage else {}
+    return config.model_copy(update={"training": training, "deepspeed": {"zero_optimization": buckets}})
 
 
 def build_adversary(config: TrainConfig, world: World) -> Adversary | None:

@@ -71,7 +71,7 @@ class CheckpointWriter:
         asynchronous: bool = True,
         beside: Mapping[str, Callable[[], Tensors]] | None = None,
     ) -> None:
-        """`beside`: more files, by name, whose tensors are the same on every rank; rank 0 writes them."""
+        """`beside`: more files, by name, whose tensors all ranks bring together; rank 0 writes them."""
         self.store = FolderStore(store) if isinstance(store, Path) else store
         self.fragments = fragments
         self.ema = ema
@@ -141,10 +141,8 @@ class CheckpointWriter:
 
     def _whole_tensors(self) -> dict[str, Tensors]:
         """Rank 0: the files that are not cut into fragments, by name; those without tensors are left out."""
-        files = {EXTRA_FILE: self._module_extras()}
-        if self.world.is_main:
-            files |= {name: tensors() for name, tensors in self.beside.items()}
-        return {name: tensors for name, tensors in files.items() if tensors}
+        files = {EXTRA_FILE: self._module_extras(), **{name: tensors() for name, tensors in self.beside.items()}}
+        return {name: tensors for name, tensors in files.items() if tensors and self.world.is_main}
 
     def _module_extras(self) -> Tensors:
         """Rank 0: buffers and frozen parameters of the model, which no optimiser fragment holds."""

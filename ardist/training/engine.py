@@ -139,13 +139,13 @@ class Engine:
         if not self.deepspeed.is_gradient_accumulation_boundary():
             self.deepspeed.step()  # counts the micro-batch; changes no weight
 
-    def step(self, lr: float) -> StepOutcome:
+    def step(self, lr: float, veto: torch.Tensor | bool = False) -> StepOutcome:
         """Update the weights after the last micro-batch, unless the gradient is not finite on any rank, or is a spike
-        and spikes are skipped."""
+        and spikes are skipped, or there is a `veto` on every rank (heard under the device guard only)."""
         for group in self.deepspeed.basic_optimizer.param_groups:
             group["lr"] = lr
         if self.guard is not None:
-            norm, bad, spike = self.guard.arm()
+            norm, bad, spike = self.guard.arm(veto)
             self.deepspeed.step()
             return StepOutcome(norm, bad, spike)
         self.deepspeed.step()

@@ -11,6 +11,13 @@ from ardist.training.fragments import Fragments
 from ardist.training.spikes import SpikeDetectors
 
 
+def on_device(flag: torch.Tensor | bool, like: torch.Tensor) -> torch.Tensor:
+    """`flag` (a number above 0: true) as a 0-dim boolean tensor beside `like`, without a copy from the host."""
+    if isinstance(flag, torch.Tensor):
+        return flag > 0
+    return torch.full_like(like, flag, dtype=torch.bool)
+
+
 class DeviceGuard:
     """Clips by global norm and skips a bad step through fused AdamW's ``grad_scale`` and ``found_inf``.
 
@@ -27,9 +34,9 @@ class DeviceGuard:
         self.spikes = spikes
 
     @torch.no_grad()
-    def arm(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | bool]:
+    def arm(self, veto: torch.Tensor | bool = False) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | bool]:
         """Hand clip factor and flag to AdamW before its step; returns (gradient norm, 1.0 if skipped else 0.0, spike
-        or not)."""
+        or not). With a `veto`, which all ranks must agree on, the step is skipped whatever the gradient."""
         gradients, partial = self.fragments.gradients()
         norms = torch._foreach_norm(gradients, 2, dtype=torch.float32)
         square = torch.stack(norms).square().sum() if norms else torch.zeros((), device=self.fragments.world.device)
@@ -38,7 +45,8 @@ class DeviceGuard:
         norm = square.sqrt()
         finite = torch.isfinite(norm)
         spike = self.spikes.judge(norm) if self.spikes is not None else False
-        skipped = (~finite | spike if self.spikes is not None and self.spikes.skip else ~finite).float()
+        bad = ~finite | on_device(veto, finite)
+        skipped = (bad | spike if self.spikes is not None and self.spikes.skip else bad).float()
         scale = ((norm + 1e-6) / self.clip).clamp(min=1.0) if self.clip else torch.ones_like(norm)
         optimizer = self.fragments.optimizer
         optimizer.found_inf = skipped

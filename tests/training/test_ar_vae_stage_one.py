@@ -16,7 +16,8 @@ from tiny import losses, records, sample_ids, train_outcome, weights
 
 from ardist.config import TrainConfig
 from ardist.errors import ArdistError, ConfigError
-from ardist.training.adversary import ADVERSARY_FILE
+from ardist.training import distributed
+from ardist.training.adversary import ADVERSARY_FILE, Adversary
 from ardist.training.callbacks import Callback
 from ardist.training.commit import newest_valid
 from ardist.training.preflight import check_run
@@ -101,6 +102,29 @@ def test_a_resumed_run_is_bit_equal(tmp_path: Path, data: Path, whole: Path, sta
     assert equal(discriminator(cut), discriminator(straight))
 
 
+def _through_all_layouts(config: TrainConfig, saved: dict[str, torch.Tensor]) -> list[tuple[bool, float]]:
+    """For ZeRO 0 to 3: does a discriminator's state come through unchanged, and what share of it is on this rank."""
+    world = distributed.start()
+    results = []
+    for stage in range(4):
+        training = config.training.model_copy(update={"zero_stage": stage})
+        adversary = Adversary(config.model_copy(update={"training": training}), world)
+        adversary.load(saved, "there")
+        working = {f"master.{name}": weight.detach() for name, weight in adversary.model.named_parameters()}
+        unchanged = equal(adversary.state(), saved) and equal(working, {name: saved[name] for name in working})
+        moments = sum(state["exp_avg"].numel() for state in adversary.engine.deepspeed.basic_optimizer.state.values())
+        results.append((unchanged, moments / sum(weight.numel() for weight in working.values())))
+    return results
+
+
+def test_the_discriminators_state_fits_every_layout(tmp_path: Path, data: Path, whole: Path) -> None:
+    """Weights, moments, step and counters, saved by two ranks with ZeRO-1; and AdamW's state is cut as ZeRO says."""
+    saved = discriminator(whole)
+    for results in run_ranks(_through_all_layouts, 2, ar_vae_config(tmp_path, data), saved):
+        assert [unchanged for unchanged, _ in results] == [True] * 4
+        assert [share for _, share in results] == pytest.approx([1.0, 0.5, 0.5, 0.5], abs=0.02)
+
+
 def test_a_run_resumed_on_another_layout_goes_on_as_before(tmp_path: Path, data: Path, whole: Path) -> None:
     train_on(2, tmp_path, data, training__zero_stage=1, training__stop_after=3)
     train_on(1, tmp_path, data, training__zero_stage=3)
@@ -154,7 +178,8 @@ def _train_with_flip(config: TrainConfig) -> str:
 
 
 def test_discriminators_that_differ_are_found(tmp_path: Path, data: Path) -> None:
-    config = ar_vae_config(tmp_path, data, debug__replica_check_every=2, training__steps=4)
+    """With ZeRO-0: from 1 on a step hands every rank the same weights again."""
+    config = ar_vae_config(tmp_path, data, debug__replica_check_every=2, training__steps=4, training__zero_stage=0)
     for outcome in run_ranks(_train_with_flip, 2, config):
         assert outcome.startswith("HardwareError: at step 4 the weights of rank"), outcome
 
