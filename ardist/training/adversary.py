@@ -4,10 +4,12 @@ It trains under a DeepSpeed engine of its own, beside the autoencoder's: in fp32
 to 2. Its weights stay whole on every rank (2.8M parameters beside 641M), its gradients and AdamW's state are
 partitioned as the stage says.
 
-The autoencoder needs the discriminator's gradient at the frames, and DeepSpeed 0.19.8 ends the backward pass whenever
-one reaches the outputs of its engine: it then reduces gradients that nobody has made (an IndexError in
-``reduce_ipg_grads`` with ZeRO-1). So that gradient is taken within the forward pass of the engine's module, before the
-engine sees an output; what comes out can only be followed back for what the discriminator itself learns.
+The autoencoder needs the discriminator's gradient at the frames. DeepSpeed 0.19.8 hangs hooks on what an engine puts
+out and takes every gradient that reaches them for the engine's own backward pass, at whose end it reduces gradients
+that nobody has made: an IndexError in ``reduce_ipg_grads`` with ZeRO 1 and 2, a RuntimeError with ZeRO-0. So that
+gradient is taken within the forward pass of the engine's module, before there are outputs; hooks on weights do not
+fire, as it is one with respect to the frames only. What comes out leads back to what the discriminator itself learns,
+and no further.
 
 Both sides learn in every step, from one pass of the discriminator over the reconstructions. The adaptive weight is
 that of the step before: both norms are then of the whole global batch, and neither the number of ranks nor the

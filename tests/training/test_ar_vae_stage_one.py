@@ -91,6 +91,15 @@ def test_stages_ranks_and_micro_batches_have_one_loss_curve(
             torch.testing.assert_close(mine[name], value, rtol=2e-2, atol=1e-5)
 
 
+def test_both_sides_learn_in_bf16_as_in_fp32(tmp_path: Path, data: Path, whole: Path) -> None:
+    train_on(2, tmp_path, data, training__precision="bf16", training__zero_stage=2, training__steps=3)
+    for name in ("loss", "discriminator"):
+        mine, theirs = ([records(run)[step][name] for step in (1, 2, 3)] for run in (tmp_path, whole))
+        assert mine == pytest.approx(theirs, abs=3e-2)
+    state = discriminator(tmp_path)
+    assert {float(value) for name, value in state.items() if name.startswith("step.")} == {3.0}
+
+
 @pytest.mark.parametrize("stage", [1, pytest.param(3, marks=pytest.mark.slow)])
 def test_a_resumed_run_is_bit_equal(tmp_path: Path, data: Path, whole: Path, stage: int) -> None:
     straight = whole if stage == 1 else train_on(2, tmp_path / "whole", data, training__zero_stage=stage)
