@@ -20,6 +20,10 @@ from ardist.models.ar_vae.transformer import init_weights
 
 ROPE_THETA = 10_000.0
 
+COARSE_GROUPS = 4
+"""Into how many groups the frames of a pass are cut for the coarse attention. Each computes what its last frame may
+see: 4 compute 5/8 of all pairs, one group per frame little more than a half, in four times as many calls."""
+
 Rotation = tuple[Float[Tensor, "f r"], Float[Tensor, "f r"]]
 
 
@@ -74,6 +78,8 @@ class FrameContext:
     num_frames: int
     fine_mask: Bool[Tensor, "f t"] | None
     coarse_mask: Bool[Tensor, "q k"] | None
+    coarse_keys: int
+    """Latent tokens of a frame."""
     rotation: Rotation | None
 
 
@@ -116,10 +122,10 @@ def make_context(
     """
     rotation = None if head_dim is None else rope_table(cache.frames_seen, num_frames, head_dim, device)
     if num_frames == 1:  # a single new frame sees all that is kept
-        return FrameContext(num_frames, None, None, rotation)
+        return FrameContext(num_frames, None, None, tokens[1], rotation)
     mask = frame_mask(num_frames, cache.frames_held, cache.window, device)
     coarse = mask.repeat_interleave(tokens[0], dim=0).repeat_interleave(tokens[1], dim=1)
-    return FrameContext(num_frames, mask, coarse, rotation)
+    return FrameContext(num_frames, mask, coarse, tokens[1], rotation)
 
 
 class FineAttention(nn.Module):
@@ -178,8 +184,30 @@ class CoarseAttention(nn.Module):
         v = rearrange(self.value(self.value_norm(latents)), "(b f) l (h c) -> b h (f l) c", **split)
         q, k = (rotate(part, context.rotation).flatten(2, 3) for part in (q, k))
         kept = KeyValues(k, v) if past is None else past.extended(k, v)
-        y = F.scaled_dot_product_attention(q, kept.keys, kept.values, attn_mask=context.coarse_mask)
+        y = _attend_in_groups(q, kept, context)
         return self.out(rearrange(y, "b h (f t) c -> (b f) t (h c)", f=context.num_frames)), kept
+
+
+def _attend_in_groups(
+    q: Float[Tensor, "b heads ft c"], kept: KeyValues, context: FrameContext
+) -> Float[Tensor, "b heads ft c"]:
+    """Coarse attention of a few frames at a time to what there is up to them: most of what a mask would hide of later
+    frames is not computed at all."""
+    if context.coarse_mask is None:
+        return F.scaled_dot_product_attention(q, kept.keys, kept.values)
+    rows, columns = context.coarse_mask.shape
+    queries, keys = rows // context.num_frames, context.coarse_keys
+    held = columns // keys - context.num_frames
+    group = -(-context.num_frames // COARSE_GROUPS)
+    pieces = []
+    for first in range(0, context.num_frames, group):
+        last = min(first + group, context.num_frames)
+        mine, seen = slice(first * queries, last * queries), slice((held + last) * keys)
+        mask = context.coarse_mask[mine, seen]
+        pieces.append(
+            F.scaled_dot_product_attention(q[:, :, mine], kept.keys[:, :, seen], kept.values[:, :, seen], mask)
+        )
+    return torch.cat(pieces, dim=2)
 
 
 class TemporalBlock(nn.Module):
