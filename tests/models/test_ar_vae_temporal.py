@@ -5,11 +5,12 @@ from __future__ import annotations
 import psutil
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ardist.errors import InvalidValueError
-from ardist.models.ar_vae import ARVAE, preset
-from ardist.models.ar_vae.temporal import frame_mask, rope_table, rotate
+from ardist.models.ar_vae import ARVAE, preset, temporal
+from ardist.models.ar_vae.temporal import DecoderCache, frame_mask, rope_table, rotate
 
 FRAMES = 6
 
@@ -193,3 +194,28 @@ def test_a_cache_belongs_to_one_stream() -> None:
         model.decode(some_latents(2, batch=1), cache=cache)
     with pytest.raises(InvalidValueError, match="start a new stream"):
         model.decode(some_latents(2), cache=cache, size=(16, 16))
+
+
+@pytest.mark.parametrize("window", [None, 3])
+@pytest.mark.parametrize(("held", "new"), [(0, 2), (0, 7), (2, 9), (2, 16)])
+def test_coarse_attention_in_groups_is_that_under_one_mask(
+    monkeypatch: pytest.MonkeyPatch, held: int, new: int, window: int | None
+) -> None:
+    """The same numbers, from little more than half of the pairs when there are many frames."""
+    queries, keys = 5, 2
+    context = temporal.make_context(DecoderCache(window, held), new, (queries, keys), None, torch.device("cpu"))
+    q = torch.randn(2, 2, new * queries, 8)
+    kept = temporal.KeyValues(torch.randn(2, 2, (held + new) * keys, 8), torch.randn(2, 2, (held + new) * keys, 8))
+    whole = F.scaled_dot_product_attention(q, kept.keys, kept.values, context.coarse_mask)
+    pairs: list[int] = []
+
+    def counted(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        pairs.append(q.shape[2] * k.shape[2])
+        return whole_attention(q, k, v, mask)
+
+    whole_attention = F.scaled_dot_product_attention
+    monkeypatch.setattr(F, "scaled_dot_product_attention", counted)
+    torch.testing.assert_close(temporal._attend_in_groups(q, kept, context), whole)
+    if new == 16:
+        assert sum(pairs) < 0.7 * q.shape[2] * kept.keys.shape[2]
+    assert len(pairs) <= temporal.COARSE_GROUPS
