@@ -15,16 +15,17 @@ from ardist.errors import DataError, choose
 from ardist.events import events
 from ardist.storage import Storage, is_remote, open_storage
 from data_tools import layout
+from data_tools.claim import Claim, take
 from data_tools.encode import Encoder, EncoderChoice, default_threads
-from data_tools.finalize import committed, finalize, quarantined, standing_manifest, top_reasons
-from data_tools.freeze import Claim, Freezer, freeze_listing, load_plan, take, tool_versions
+from data_tools.finalize import Folded, committed, finalize, fold, standing_manifest
+from data_tools.freeze import Freezer, tool_versions
 from data_tools.labels import Labels
 from data_tools.lease import Pace
+from data_tools.listing import freeze_listing
 from data_tools.parameters import BuildParameters, default_samples_per_shard
-from data_tools.plan import Plan
+from data_tools.plan import Plan, load_plan
 from data_tools.progress import Progress, SilentProgress
-from data_tools.reasons import Reason
-from data_tools.shard import ShardSettings, read_commit
+from data_tools.shard import ShardSettings
 from data_tools.staging import staging_folder
 from data_tools.worker import run_worker
 from data_tools.workers import Task, WorkerPool
@@ -108,7 +109,7 @@ def build(
     if manifest is None or plan is None:
         plan = plan or _freeze(storage, claim, labels, options, progress)
         warn_of_other_tools(plan)
-        progress.planned(plan.num_shards, len(plan.rows), len(committed(storage)))
+        progress.planned(plan.num_shards, plan.header.num_clips, len(committed(storage)))
         task = Task(out, encoder, options.shard, options.pace)
         if options.executor == "ray":
             from data_tools.ray_executor import RayPool
@@ -120,10 +121,15 @@ def build(
             with staging_folder(storage) as staging:
                 run_worker(plan, storage, encoder.make(), options.shard, options.pace, staging, progress)
         fault.point("build.before_finalize")
-        manifest = finalize(storage, plan)
+        with staging_folder(storage) as staging:
+            folded = finalize(storage, plan, staging)
+        manifest = folded.manifest
+        assert manifest is not None
         for name in list(storage.list(layout.LEASES)):
             storage.delete(name)
-    summary = _summary(storage, plan, manifest, time.monotonic() - begun, reused)
+    else:
+        folded = fold(storage, plan)
+    summary = _summary(storage, plan, folded, manifest, time.monotonic() - begun, reused)
     progress.finished(summary)
     if summary.bad_fraction > options.max_bad:
         raise DataError(
@@ -153,23 +159,22 @@ def _freeze(storage: Storage, claim: Claim, labels: Labels | None, options: Buil
 def warn_of_other_tools(plan: Plan) -> None:
     """Say so when this machine's tools are not those that the plan was made with."""
     for name, version in tool_versions(plan.parameters).items():
-        if plan.tools.get(name) != version:
-            events.count("build.other_tool", tool=name, planned=plan.tools.get(name), here=version)
+        planned = plan.header.tools.get(name)
+        if planned != version:
+            events.count("build.other_tool", tool=name, planned=planned, here=version)
 
 
-def _summary(storage: Storage, plan: Plan, manifest: Manifest, seconds: float, reused: bool) -> Summary:
-    commits = [read_commit(storage, shard, plan) for shard in range(plan.num_shards)]
-    records = quarantined(plan, commits)
-    bad = [source for source in plan.sources if source.refused and Reason(str(source.refused["reason"])).is_bad]
+def _summary(storage: Storage, plan: Plan, folded: Folded, manifest: Manifest, seconds: float, reused: bool) -> Summary:
+    header = plan.header
     return Summary(
         manifest=manifest,
         url=storage.url,
-        videos=len(plan.sources),
-        refused_videos=len(bad),
-        duplicates=sum(source.refused is not None for source in plan.sources) - len(bad),
-        clips_planned=len(plan.rows),
-        refused_clips=sum(len(commit["quarantine"]) for commit in commits),
-        reasons=top_reasons(records),
+        videos=header.num_videos,
+        refused_videos=header.num_bad,
+        duplicates=header.num_duplicates,
+        clips_planned=header.num_clips,
+        refused_clips=folded.refused_clips,
+        reasons=folded.top_reasons,
         seconds=seconds,
         reused=reused,
         events=events.snapshot(),

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import logging
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import ardist
@@ -20,6 +23,7 @@ from ardist.errors import DataError
 from ardist.storage import MissingObjectError, Storage
 from data_tools import layout
 from data_tools.plan import Plan
+from data_tools.reasons import quarantine_line
 from data_tools.shard import read_commit
 
 _log = logging.getLogger("data_tools.finalize")
@@ -28,7 +32,7 @@ _log = logging.getLogger("data_tools.finalize")
 def missing_commits(out: Storage, plan: Plan) -> list[int]:
     """Shards of the plan that are not committed; `DataError` when there are commits beyond the plan."""
     there = committed(out)
-    extra = sorted(there - set(range(plan.num_shards)))
+    extra = sorted(shard for shard in there if shard >= plan.num_shards)
     if extra:
         raise DataError(f"{out.url} holds commits of shards {extra[:10]}, but the plan has {plan.num_shards} shards")
     return [shard for shard in range(plan.num_shards) if shard not in there]
@@ -40,41 +44,67 @@ def committed(out: Storage) -> set[int]:
     return {int(match[1]) for match in matches if match is not None}
 
 
-def finalize(out: Storage, plan: Plan) -> Manifest:
+@dataclass(frozen=True)
+class Folded:
+    """What the commits make: the manifest (None when no sample is left) and how many were refused, by reason."""
+
+    manifest: Manifest | None
+    refused_clips: int
+    reasons: Mapping[str, int]
+
+    @property
+    def top_reasons(self) -> str:
+        """``12 x damaged, 3 x format`` of the most frequent reasons."""
+        ordered = sorted(self.reasons.items(), key=lambda item: (-item[1], item[0]))[:5]
+        return ", ".join(f"{count} x {reason}" for reason, count in ordered) or "nothing was refused"
+
+
+def finalize(out: Storage, plan: Plan, staging: Path) -> Folded:
     """Write quarantine.jsonl and then manifest.json; raises `DataError` while a shard is not committed."""
     holes = missing_commits(out, plan)
     if holes:
         shown = ", ".join(map(str, holes[:10])) + (", …" if len(holes) > 10 else "")
         raise DataError(f"{len(holes)} of {plan.num_shards} shards are not committed: {shown}; run build again")
-    manifest, records = fold(out, plan)
-    out.put(layout.QUARANTINE, quarantine_lines(records))
+    quarantine = staging / layout.QUARANTINE
+    with quarantine.open("wb") as file:
+        folded = fold(out, plan, file.write)
+    out.put(layout.QUARANTINE, quarantine)
+    quarantine.unlink()
     fault.point("build.after_quarantine")
     # What was only needed to make the plan: nobody reads it once the plan stands.
     for name in [layout.LISTING, *out.list(layout.PROBES)]:
         out.delete(name)
-    if manifest is None:
-        raise DataError(f"no clip of any video could be used: {top_reasons(records)}; see {layout.QUARANTINE}")
+    if folded.manifest is None:
+        raise DataError(f"no clip of any video could be used: {folded.top_reasons}; see {layout.QUARANTINE}")
     fault.point("build.before_manifest")
-    out.put(MANIFEST_NAME, manifest.dump())
+    out.put(MANIFEST_NAME, folded.manifest.dump())
     fault.point("build.after_manifest")
-    return manifest
+    return folded
 
 
-def fold(out: Storage, plan: Plan) -> tuple[Manifest | None, list[dict[str, object]]]:
-    """Manifest (None when no sample is left) and quarantine records that the commits make: reads, writes nothing."""
-    commits = [read_commit(out, shard, plan) for shard in range(plan.num_shards)]
-    entries = [ShardEntry.model_validate(commit["entry"]) for commit in commits if commit["entry"] is not None]
-    return fold_shards(entries, **header(plan)) if entries else None, quarantined(plan, commits)
+def fold(out: Storage, plan: Plan, take: Callable[[bytes], object] = lambda lines: None) -> Folded:
+    """Go through the commits in order, writing nothing; the lines of quarantine.jsonl go to `take`, piece by piece.
 
-
-def quarantine_lines(records: list[dict[str, object]]) -> bytes:
-    """``quarantine.jsonl``."""
-    return "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records).encode()
+    Refused videos come first, in the order of the listing, then refused clips in plan order.
+    """
+    plan.stream_refused(take)
+    reasons = Counter(plan.header.reasons)
+    entries: list[ShardEntry] = []
+    refused = 0
+    for shard in range(plan.num_shards):
+        commit = read_commit(out, shard, plan)
+        if commit["entry"] is not None:
+            entries.append(ShardEntry.model_validate(commit["entry"]))
+        refused += len(commit["quarantine"])
+        reasons.update(str(record["reason"]) for record in commit["quarantine"])
+        for record in commit["quarantine"]:
+            take(quarantine_line(record))
+    return Folded(fold_shards(entries, **header(plan)) if entries else None, refused, reasons)
 
 
 def header(plan: Plan) -> dict[str, Any]:
     """The manifest's fields that the plan decides."""
-    identity = plan.parameters.encoder
+    identity, classes = plan.parameters.encoder, plan.classes()
     vae = None
     if identity.kind == "latents":
         assert identity.weights_digest is not None
@@ -82,30 +112,15 @@ def header(plan: Plan) -> dict[str, Any]:
         vae = VAEIdentity(weights_digest=identity.weights_digest, config_digest=identity.config_digest)
     return {
         "dataset_id": f"{identity.kind}-{plan.digest[:16]}",
-        "created": plan.created,
-        "code_version": plan.tools.get("ardist", ardist.__version__),
+        "created": plan.header.created,
+        "code_version": plan.header.tools.get("ardist", ardist.__version__),
         "kind": identity.kind,
         "vae": vae,
-        "tools": plan.tools,
+        "tools": plan.header.tools,
         "preprocessing": plan.parameters.model_dump(mode="json", exclude={"encoder"})
         | {"precision": identity.precision, "plan": plan.digest},
-        "classes": None if plan.classes is None else tuple(plan.classes),
+        "classes": None if classes is None else tuple(classes),
     }
-
-
-def quarantined(plan: Plan, commits: list[dict[str, Any]]) -> list[dict[str, object]]:
-    """Everything that was refused: whole videos first, then clips in plan order."""
-    videos = [source.refused for source in plan.sources if source.refused is not None]
-    return [*videos, *(record for commit in commits for record in commit["quarantine"])]
-
-
-def top_reasons(records: list[dict[str, object]], most: int = 5) -> str:
-    """``12 x damaged, 3 x format`` of the most frequent reasons."""
-    counts: dict[str, int] = {}
-    for record in records:
-        counts[str(record["reason"])] = counts.get(str(record["reason"]), 0) + 1
-    ordered = sorted(counts.items(), key=lambda item: (-item[1], item[0]))[:most]
-    return ", ".join(f"{count} x {reason}" for reason, count in ordered) or "nothing was refused"
 
 
 def standing_manifest(out: Storage) -> Manifest | None:

@@ -2,39 +2,41 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import functools
 import importlib.metadata
-import json
 import os
+import sqlite3
 import subprocess
+import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from ardist import fault
-from ardist.data.manifest import MANIFEST_NAME
-from ardist.errors import ConfigError, DataError
+from ardist.errors import DataError
 from ardist.media import ffmpeg_binary
-from ardist.storage import MissingObjectError, Storage
+from ardist.storage import MissingObjectError, Storage, StorageError
 from data_tools import layout
+from data_tools.claim import Claim
+from data_tools.draft import Draft
 from data_tools.fetch import local_copy
 from data_tools.labels import Labels
 from data_tools.lease import Leases, Pace, worker_name
+from data_tools.listing import CHUNK, Listing, freeze_listing
 from data_tools.parameters import BuildParameters
-from data_tools.plan import Plan, Source, make_plan, parse_sources, source_lines
+from data_tools.plan import Plan, load_plan
+from data_tools.plan_header import Header
+from data_tools.plan_writer import RowsWriter
 from data_tools.probe import ProbeCaps, VideoFacts
 from data_tools.probe_pool import probe_all
+from data_tools.probed import Source, parse_sources, source_lines
 from data_tools.reasons import Reason, Refusal
-from data_tools.sealed import seal, unseal
-from data_tools.sources import Listed, SourceRoot, list_sources
-
-CHUNK = 256
-"""Listed files whose probe results make one object."""
+from data_tools.sources import Listed, SourceRoot
 
 _EXPLAINED = {
     Reason.VANISHED: "gone when it was listed (a broken link?)",
@@ -48,38 +50,6 @@ _LOOKS_DAMAGED = frozenset(
     + (Reason.CRASHED, Reason.TIMEOUT)
 )
 """Refusals that bytes which were changed on their way would give as well."""
-
-
-@dataclass(frozen=True)
-class Claim:
-    """What an output folder is for; the first builder writes it, all others compare."""
-
-    videos: str
-    parameters: BuildParameters
-
-    def settings(self) -> dict[str, Any]:
-        """Flat names and values, for a comparison that people can read."""
-        fields = self.parameters.model_dump(mode="json")
-        encoder = fields.pop("encoder")
-        return {"videos": self.videos, **{f"encoder.{name}": value for name, value in encoder.items()}, **fields}
-
-
-def take(out: Storage, claim: Claim) -> None:
-    """Write the claim, or check that the one that stands is the same; `ConfigError` shows the difference."""
-    ours = seal(claim.settings())
-    if not out.exists(layout.CLAIM) and any(out.exists(name) for name in (MANIFEST_NAME, layout.PLAN)):
-        raise ConfigError(f"{out.url} holds another dataset that this tool did not build; choose another --out")
-    if out.create(layout.CLAIM, ours):
-        return
-    standing = unseal(out.read(layout.CLAIM), f"{out.url}/{layout.CLAIM}")
-    settings = claim.settings()
-    different = [name for name in {**standing, **settings} if standing.get(name) != settings.get(name)]
-    if different:
-        lines = [f"  {name}: built with {standing.get(name)!r}, asked for {settings.get(name)!r}" for name in different]
-        raise ConfigError(
-            f"{out.url} holds a dataset with other parameters; choose another --out or the same parameters\n"
-            + "\n".join(lines)
-        )
 
 
 @functools.cache
@@ -113,39 +83,79 @@ class Freezer:
     on_probed: Callable[[int, int], None] = lambda done, total: None
 
     def plan(self) -> Plan:
-        """The frozen plan; the listing must be frozen already."""
-        standing = load_plan(self.out)
-        if standing is not None:
-            return standing
-        root, listed = freeze_listing(self.out, self.claim)
-        sources = self._sources(root, listed)
-        standing = load_plan(self.out)
-        if standing is not None or sources is None:
-            return standing or self.plan()
-        created = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-        parameters = self.claim.parameters
-        tools = tool_versions(parameters)
-        draft = make_plan(sources, parameters, tools=tools, created=created, root=root.address)
-        fault.point("build.before_sources")
-        # Another builder may have been faster: the plan is made of the sources that stand.
-        lines = self._create_once(layout.SOURCES, source_lines(draft.sources))
-        plan = make_plan(parse_sources(lines), parameters, tools=tools, created=created, root=root.address)
-        fault.point("build.before_plan")
-        self._create_once(layout.PLAN, plan.dump(lines))
-        fault.point("build.after_plan")
-        return load_plan(self.out) or plan
-
-    def _create_once(self, name: str, data: bytes) -> bytes:
-        return data if self.out.create(name, data) else self.out.read(name)
-
-    def _sources(self, root: SourceRoot, listed: Sequence[Listed]) -> list[Source] | None:
-        """Probe what nobody has probed, one leased object per chunk; all of them, in order.
-
-        None when meanwhile another builder froze the plan, after which it may tidy the chunks up.
-        """
-        chunks = [listed[start : start + CHUNK] for start in range(0, len(listed), CHUNK)]
+        """The frozen plan; one builder writes it, the others probe with it and wait."""
         leases = Leases(self.out, worker_name(), self.pace.lease_seconds)
-        while (missing := self._unprobed(len(chunks))) and not self.out.exists(layout.PLAN):
+        while (standing := load_plan(self.out)) is None:
+            try:
+                self._freeze(leases)
+            except MissingObjectError:
+                # Once a plan stands, what it was made of may be tidied up at any time.
+                if not self.out.exists(layout.PLAN):
+                    raise
+        return standing
+
+    def _freeze(self, leases: Leases) -> None:
+        """Return when a plan stands, whoever wrote it."""
+        freeze_listing(self.out, self.claim)
+        with tempfile.TemporaryDirectory(dir=self.staging, prefix="plan-") as folder:
+            with _told(self.staging):
+                listing = Listing.read(self.out, Path(folder) / "listing")
+            self._probe_all(listing, leases)
+            while not self.out.exists(layout.PLAN):
+                lease = leases.take("plan")
+                if lease is None:
+                    time.sleep(self.pace.poll_seconds)
+                    continue
+                with lease, _told(self.staging):
+                    if not self.out.exists(layout.PLAN):
+                        self._write(listing, Path(folder))
+
+    def _write(self, listing: Listing, folder: Path) -> None:
+        """Rows first, then the header that makes them the plan."""
+        parameters = self.claim.parameters
+        rows = folder / "rows"
+        with contextlib.closing(Draft(folder, parameters)) as draft, rows.open("xb") as file:
+            for number in range(listing.num_chunks):
+                fault.point("build.draft")
+                for source in self._probed(listing, number):
+                    draft.add(self._labelled(source))
+            writer = RowsWriter(file, parameters.samples_per_shard)
+            draft.write(writer)
+            header = Header(
+                parameters=parameters,
+                tools=tool_versions(parameters),
+                created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+                root=listing.root.address,
+                num_clips=writer.num_clips,
+                num_videos=draft.num_videos,
+                reasons=dict(sorted(draft.reasons.items())),
+                readable=tuple(draft.readable),
+                rows_name=writer.name,
+                rows_bytes=writer.num_bytes,
+                pages=tuple(writer.pages),
+                refused=writer.refused,
+                classes=writer.classes,
+            )
+        fault.point("build.before_rows")
+        # The same listing and probes make the same bytes under the same name, whoever writes them and however often.
+        self.out.put(header.rows_name, rows, move=True)
+        fault.point("build.before_plan")
+        if not self.out.create(layout.PLAN, header.dump()):
+            standing = load_plan(self.out)
+            if standing is not None and standing.header.rows_name != header.rows_name:
+                self.out.delete(header.rows_name)
+        fault.point("build.after_plan")
+
+    def _probed(self, listing: Listing, number: int) -> list[Source]:
+        name = layout.probe_name(number)
+        part = parse_sources(self.out.read(name))
+        if [source.name for source in part] != [item.name for item in listing.chunk(number)]:
+            raise DataError(f"{self.out.url}/{name} does not belong to this listing")
+        return part
+
+    def _probe_all(self, listing: Listing, leases: Leases) -> None:
+        """Probe what nobody has probed, one leased object per chunk, until all are there or a plan stands."""
+        while (missing := self._unprobed(listing.num_chunks)) and not self.out.exists(layout.PLAN):
             took_one = False
             for number in missing:
                 lease = leases.take(f"probe-{number:06d}")
@@ -156,21 +166,11 @@ class Freezer:
                     if self.out.exists(layout.probe_name(number)):
                         continue
                     fault.point("build.before_probes")
-                    probed = self._probe(root, chunks[number], number * CHUNK, len(listed))
+                    probed = self._probe(listing.root, listing.chunk(number), number * CHUNK, listing.count)
                     self.out.create(layout.probe_name(number), source_lines(probed))
-                    self.on_probed(min(len(listed), (number + 1) * CHUNK), len(listed))
+                    self.on_probed(min(listing.count, (number + 1) * CHUNK), listing.count)
             if not took_one:
                 time.sleep(self.pace.poll_seconds)
-        if missing:
-            return None
-        found: list[Source] = []
-        for number, chunk in enumerate(chunks):
-            name = layout.probe_name(number)
-            part = parse_sources(self.out.read(name))
-            if [source.name for source in part] != [item.name for item in chunk]:
-                raise DataError(f"{self.out.url}/{name} does not belong to this listing")
-            found += part
-        return [self._labelled(source) for source in found]
 
     def _unprobed(self, chunks: int) -> list[int]:
         """Numbers of the chunks without results."""
@@ -253,39 +253,17 @@ class Freezer:
         return replace(source, class_name=label.class_name, caption=label.caption)
 
 
-def freeze_listing(out: Storage, claim: Claim) -> tuple[SourceRoot, list[Listed]]:
-    """Root and frozen listing of the candidates: an existing one is used as it is.
-
-    Raises `ConfigError` when there are no videos; then nothing was written.
-    """
-    try:
-        lines = out.read(layout.LISTING).decode().splitlines()
-        return SourceRoot(json.loads(lines[0])["root"]), [Listed.parse(line) for line in lines[1:]]
-    except MissingObjectError:
-        root, listed = list_sources(claim.videos, exclude=out.url)
-    if not listed:
-        raise ConfigError(
-            f"no video found in {claim.videos}: looked for files named like videos (.mp4, .mkv, .webm, .avi, …)"
-        )
-    out.check_conditional_create()
-    take(out, claim)
-    fault.point("build.after_claim")
-    head = json.dumps({"root": root.address})
-    text = "".join(line + "\n" for line in (head, *(item.line() for item in listed)))
-    if not out.create(layout.LISTING, text.encode()):
-        return freeze_listing(out, claim)
-    fault.point("build.after_listing")
-    return root, listed
-
-
-def load_plan(out: Storage) -> Plan | None:
-    """The frozen plan of an output, or None before there is one."""
-    try:
-        data = out.read(layout.PLAN)
-    except MissingObjectError:
-        return None
-    return Plan.load(data, out.read(layout.SOURCES))
-
-
 def _answered(source: Source, answer: VideoFacts | Refusal) -> Source:
     return source.refusal(answer, "probe") if isinstance(answer, Refusal) else replace(source, facts=answer)
+
+
+@contextlib.contextmanager
+def _told(folder: Path) -> Iterator[None]:
+    """A disk without room for the draft of a plan is one message of ours."""
+    try:
+        yield
+    except (OSError, sqlite3.OperationalError) as error:
+        raise StorageError(
+            f"cannot write the plan in {folder}: {error}; make room there, or name another folder in TMPDIR, "
+            "and run build again"
+        ) from error

@@ -14,7 +14,7 @@ from ardist.storage.base import CONDITION_PROBE
 from ardist.storage.local import TEMPORARY
 from data_tools import layout
 from data_tools.finalize import committed, standing_manifest
-from data_tools.freeze import load_plan
+from data_tools.plan import load_plan
 from data_tools.shard import read_commit
 from data_tools.staging import is_locked
 
@@ -39,7 +39,7 @@ def collect(url: str, *, older_than: float, dry_run: bool) -> Garbage:
     garbage = Garbage()
     needed = _needed(storage)
     finished = standing_manifest(storage) is not None
-    loose = (layout.LEASES, layout.PROBES) if finished else ()
+    loose = (layout.LEASES, layout.PROBES, layout.ROWS) if finished else ()
     now = time.time()
     for prefix in (layout.SHARDS, CONDITION_PROBE, *loose):
         for info in list(storage.walk(prefix)):
@@ -62,12 +62,14 @@ def _needed(storage: Storage) -> set[str]:
     """Names that the manifest or a commit refers to; raises `DataError` rather than guess from damaged records."""
     needed: set[str] = set()
     manifest, plan = standing_manifest(storage), load_plan(storage)
-    entries = [shard.model_dump(mode="json") for shard in manifest.shards] if manifest else []
+    shards = [shard.name for shard in manifest.shards] if manifest else []
     if plan is not None:
-        entries += [read_commit(storage, shard, plan)["entry"] for shard in sorted(committed(storage))]
-    for entry in entries:
-        if entry is not None:
-            needed |= {entry["name"], entry["name"].removesuffix(".tar") + ".idx"}
+        needed.add(plan.header.rows_name)
+        for shard in sorted(committed(storage)):
+            entry = read_commit(storage, shard, plan)["entry"]
+            shards += [] if entry is None else [entry["name"]]
+    for name in shards:
+        needed |= {name, name.removesuffix(".tar") + ".idx"}
     return needed
 
 

@@ -18,11 +18,12 @@ from ardist.data.tar_index import TarIndex
 from ardist.errors import ArdistError, ConfigError, DataError
 from ardist.media import ffmpeg_binary
 from ardist.storage import Storage, open_storage
+from data_tools import layout
 from data_tools.decode import DecodeSettings, Target, decode_stretch
 from data_tools.fetch import local_copy
 from data_tools.frame_stream import Frames
-from data_tools.freeze import load_plan
 from data_tools.groups import datasets_at
+from data_tools.plan import load_plan
 from data_tools.reasons import Refusal
 from data_tools.sources import SourceRoot
 
@@ -141,18 +142,19 @@ def _source_frames(url: str, found: Found) -> Frames:
     if plan is None:
         raise DataError("the records of the build are not here")
     key = f"{int(np.uint64(_key(found, storage))):016x}"
-    clip = next((clip for row in range(len(plan.rows)) if (clip := plan.clip(row)).key == key), None)
+    shard = layout.shard_number(found.shard.name)
+    clips = plan.clips(shard) if shard is not None and shard < plan.num_shards else []
+    clip = next((clip for clip in clips if clip.key == key), None)
     if clip is None:
-        raise DataError(f"the plan holds no sample {key}")
-    source, parameters = plan.sources[clip.source], plan.parameters
-    assert source.facts is not None
-    root = SourceRoot(plan.root)
+        raise DataError(f"the plan holds no sample {key} in {found.shard.name}")
+    video, parameters = clip.video, plan.parameters
+    root = SourceRoot(plan.header.root)
     target = Target(parameters.num_frames, Fraction(clip.fps), parameters.size, parameters.max_pixels)
     with (
         tempfile.TemporaryDirectory() as folder,
-        local_copy(root, source.name, source.version, Path(folder), source.facts.sha256) as (path, version),
+        local_copy(root, video.name, video.version, Path(folder), video.facts.sha256) as (path, version),
     ):
-        _, frames = next(decode_stretch(path, version, source.facts, [clip.start], target, DecodeSettings()))
+        _, frames = next(decode_stretch(path, version, video.facts, [clip.start], target, DecodeSettings()))
     if isinstance(frames, Refusal):
         raise frames
     return frames

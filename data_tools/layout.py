@@ -6,13 +6,19 @@ import re
 
 CLAIM = "build.json"
 LISTING = "listing.jsonl"
-SOURCES = "sources.jsonl"
-PLAN = "plan.jsonl"
+PLAN = "plan.json"
+OLD_PLAN = "plan.jsonl"
 QUARANTINE = "quarantine.jsonl"
-COMMITS, LEASES, PROBES, SHARDS = "commits/", "leases/", "probes/", "shards/"
+COMMITS, LEASES, PROBES, ROWS, SHARDS = "commits/", "leases/", "probes/", "plan/", "shards/"
 
 SHARD_NAME = re.compile(r"shards/shard-(\d{6,})-[0-9a-f]{8}\.(tar|idx)")
 COMMIT_NAME = re.compile(r"commits/(\d{6,})\.json")
+
+
+def shard_number(name: str) -> int | None:
+    """The number of the shard whose tar or index has this name, or None for a name of another kind."""
+    match = SHARD_NAME.fullmatch(name)
+    return None if match is None else int(match[1])
 
 
 def commit_name(shard: int) -> str:
@@ -23,3 +29,8 @@ def commit_name(shard: int) -> str:
 def probe_name(chunk: int) -> str:
     """Probe results of a run of listed files."""
     return f"{PROBES}{chunk:06d}.jsonl"
+
+
+def rows_name(sha256: str) -> str:
+    """The rows of a plan, under a name that their content decides."""
+    return f"{ROWS}{sha256[:16]}.jsonl"

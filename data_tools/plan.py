@@ -1,81 +1,45 @@
-"""The frozen plan: which clip of which video goes into which shard, fixed before the first frame is decoded."""
+"""The frozen plan: which clip of which video goes into which shard, fixed before the first frame is decoded.
+
+``plan.json`` is a small sealed header, and the rows lie shard by shard in one object ``plan/<digest>.jsonl``: any
+worker opens a plan of any size by reading the header, and then reads only the bytes of the shards that it leases, each
+range checked against digests that the plan's own digest is made of. `freeze` owns it and writes it once (collected by
+`draft`, written by `plan_writer`); workers, finalize, verify, gc and inspect open it with `load_plan`.
+
+The rows, in order: for up to `PAGE` shards, each shard's videos (a line each: what they are and which clips are
+theirs) and one line of their places (sizes and versions); then a page, two lines with size and sha256 of each of these
+shards' videos, and of their places; so on; at last the quarantine lines of what was refused, and a line of the class
+names. Places differ between two copies of the same videos, so they are guarded like the rest, but are no part of the
+plan's digest.
+"""
 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
-from typing import Any
 
-import numpy as np
-import numpy.typing as npt
-
-from ardist.config.base import canonical_digest
 from ardist.data.sample import sample_key
 from ardist.errors import DataError
+from ardist.storage import MissingObjectError, Storage
+from data_tools import layout
 from data_tools.parameters import BuildParameters
+from data_tools.plan_header import PAGE, Header, Piece, another_version
 from data_tools.probe import VideoFacts
-from data_tools.reasons import Reason, Refusal
-from data_tools.sealed import seal, unseal
-from data_tools.timing import clip_starts
-
-FORMAT, VERSION = "ardist-plan", 1
 
 
 @dataclass(frozen=True)
-class Source:
-    """One candidate after probing: facts, or why it is refused. A line of ``sources.jsonl``."""
+class Video:
+    """One video of a shard, with everything that it takes to decode and label its clips."""
 
     name: str
     size: int
     version: str
-    facts: VideoFacts | None = None
-    class_name: str | None = None
+    facts: VideoFacts
+    class_id: int | None = None
     caption: str | None = None
-    refused: dict[str, object] | None = None
-
-    def line(self) -> str:
-        """Its line of ``sources.jsonl``."""
-        fields: dict[str, Any] = {"name": self.name, "size": self.size, "version": self.version}
-        if self.facts is not None:
-            fields["facts"] = self.facts.as_json()
-        for extra in ("class_name", "caption", "refused"):
-            if getattr(self, extra) is not None:
-                fields[extra] = getattr(self, extra)
-        return json.dumps(fields, separators=(",", ":"))
-
-    @classmethod
-    def parse(cls, line: str) -> Source:
-        """The inverse of `line`."""
-        fields = json.loads(line)
-        facts = fields.pop("facts", None)
-        return cls(**fields, facts=VideoFacts.from_json(facts) if facts else None)
-
-    def refusal(self, refusal: Refusal, stage: str) -> Source:
-        """This source, refused."""
-        record = refusal.record(shown_name(self.name), stage)
-        return Source(self.name, self.size, self.version, self.facts, self.class_name, self.caption, record)
-
-
-def shown_name(name: str) -> str:
-    """A name as valid UTF-8: bytes of a file name that are none become replacement characters."""
-    return name.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
-
-
-def drop_duplicates(sources: Iterable[Source]) -> list[Source]:
-    """Refuse every video whose content already stands earlier in the listing."""
-    first: dict[str, str] = {}
-    kept = []
-    for source in sources:
-        if source.facts is not None and source.refused is None:
-            original = first.setdefault(source.facts.sha256, source.name)
-            if original != source.name:
-                refusal = Refusal(Reason.DUPLICATE, f"same content as {shown_name(original)}")
-                source = source.refusal(refusal, "plan")
-        kept.append(source)
-    return kept
 
 
 @dataclass(frozen=True)
@@ -83,7 +47,7 @@ class Clip:
     """One row of the plan: `start` counts frames of the grid of `fps` from the video's first frame."""
 
     row: int
-    source: int
+    video: Video
     start: int
     key: str
     fps: Fraction
@@ -91,99 +55,155 @@ class Clip:
 
 @dataclass
 class Plan:
-    """Rows (source number, first frame) in their final order, and everything needed to turn them into shards.
+    """An opened plan: its header, and the rows of any shard on request. Holds no row itself."""
 
-    `root` is where the sources' names lead, `created` when the plan was frozen; neither is part of the digest.
-    """
-
-    parameters: BuildParameters
-    sources: list[Source]
-    rows: npt.NDArray[np.int64]
-    tools: dict[str, str]
-    created: str
-    root: str
-    digest: str = field(default="")
-
-    def __post_init__(self) -> None:
-        found = self._content_digest()
-        if self.digest and self.digest != found:
-            raise DataError(f"plan.jsonl is damaged: its rows have digest {found[:12]}, it says {self.digest[:12]}")
-        self.digest = found
+    header: Header
+    digest: str
+    _out: Storage
+    _page: tuple[int, list[tuple[int, Piece, Piece]]] = field(default=(-1, []))
 
     @property
-    def classes(self) -> list[str] | None:
-        """Sorted class names of all usable videos; None when nothing is labelled."""
-        names = {s.class_name for s in self.sources if s.refused is None and s.class_name is not None}
-        return sorted(names) or None
+    def parameters(self) -> BuildParameters:
+        """What is built."""
+        return self.header.parameters
 
     @property
     def num_shards(self) -> int:
         """Shards that the rows make."""
-        return -(-len(self.rows) // self.parameters.samples_per_shard)
+        return self.header.num_shards
 
     def clips(self, shard: int) -> list[Clip]:
-        """The rows of one shard."""
-        size = self.parameters.samples_per_shard
-        low = shard * size
-        return [self.clip(row) for row in range(low, min(low + size, len(self.rows)))]
+        """The rows of one shard, of `num_shards`; raises `DataError`, naming it, unless they are what was frozen."""
+        at, videos, places = self._shards(shard // PAGE)[shard % PAGE]
+        lines, last = self._read(f"the rows of shard {shard}", at, videos, places)
+        clips: list[Clip] = []
+        row = shard * self.parameters.samples_per_shard
+        for line, place in zip(lines.decode().splitlines(), json.loads(last), strict=True):
+            fields = json.loads(line)
+            facts = VideoFacts.from_json(fields["facts"])
+            video = Video(fields["name"], *place, facts, fields["class"], fields["caption"])
+            fps = clip_rate(facts, self.parameters)
+            made = self.parameters.sample_parameters(str(fps))
+            for start in fields["starts"]:
+                key = sample_key(facts.sha256, [start, start + self.parameters.num_frames], made)
+                clips.append(Clip(row + len(clips), video, start, key, fps))
+        return clips
 
-    def clip(self, row: int) -> Clip:
-        """One row with its key and frame rate."""
-        number, start = map(int, self.rows[row])
-        facts = self.sources[number].facts
-        assert facts is not None
-        fps = clip_rate(facts, self.parameters)
-        span = [start, start + self.parameters.num_frames]
-        return Clip(
-            row, number, start, sample_key(facts.sha256, span, self.parameters.sample_parameters(str(fps))), fps
-        )
+    def classes(self) -> list[str] | None:
+        """Sorted class names of all usable videos; None when nothing is labelled."""
+        at = self._after_pages() + self.header.refused.size
+        names: list[str] = json.loads(self._read("the class names", at, self.header.classes)[0])
+        return names or None
 
-    def _content_digest(self) -> str:
-        """Digest over content and parameters: neither places nor times of files are in it."""
-        videos = [
-            [shown_name(s.name), s.facts and s.facts.sha256, s.class_name, s.caption, s.refused] for s in self.sources
-        ]
-        rows = hashlib.sha256(np.ascontiguousarray(self.rows, "<i8").tobytes()).hexdigest()
-        return canonical_digest([FORMAT, VERSION, self.parameters.model_dump(mode="json"), videos, rows, self.tools])
+    def stream_refused(self, take: Callable[[bytes], object]) -> None:
+        """Hand the quarantine lines of refused videos to `take`, piece by piece.
 
-    def dump(self, sources: bytes) -> bytes:
-        """``plan.jsonl``: a sealed header line, then one line per row; `sources` is the ``sources.jsonl`` it is for."""
-        header = {
-            "format": FORMAT,
-            "version": VERSION,
-            "plan": self.digest,
-            "sources_sha256": hashlib.sha256(sources).hexdigest(),
-            "created": self.created,
-            "root": self.root,
-            "parameters": self.parameters.model_dump(mode="json"),
-            "tools": self.tools,
-            "rows": len(self.rows),
-            "shards": self.num_shards,
-            "classes": self.classes,
-        }
-        lines = [f'{{"source":{source},"start":{start}}}\n' for source, start in self.rows.tolist()]
-        return seal(header) + b"\n" + "".join(lines).encode()
+        Raises `DataError` when they are not what was frozen; only then is it known, so `take` must not act on them.
+        """
+        what, found = "the refused videos", hashlib.sha256()
 
-    @classmethod
-    def load(cls, data: bytes, sources: bytes) -> Plan:
-        """Read ``plan.jsonl`` with its ``sources.jsonl``; raises `DataError` unless both are what was frozen."""
-        first, _, rest = data.partition(b"\n")
-        header = unseal(first, "plan.jsonl")
-        if (header.get("format"), header.get("version")) != (FORMAT, VERSION):
-            raise DataError(f"plan.jsonl has version {header.get('version')}; this program reads version {VERSION}")
-        if hashlib.sha256(sources).hexdigest() != header["sources_sha256"]:
-            raise DataError("sources.jsonl is damaged: it is not the one that plan.jsonl was made of")
+        def took(piece: bytes) -> None:
+            found.update(piece)
+            take(piece)
+
+        at, expected = self._after_pages(), self.header.refused
         try:
-            rows = [(row["source"], row["start"]) for row in map(json.loads, rest.decode().splitlines())]
-            table = np.array(rows, np.int64).reshape(-1, 2)
-            parameters = BuildParameters.model_validate(header["parameters"])
-            head = {name: header[name] for name in ("tools", "created", "root")}
-            plan = cls(parameters, parse_sources(sources), table, **head, digest=header["plan"])
-        except (ValueError, KeyError, IndexError, TypeError) as error:
-            raise DataError(f"plan.jsonl is damaged: {error}") from None
-        if plan.dump(sources) != data:
-            raise DataError("plan.jsonl is damaged: it does not read back to the same bytes")
-        return plan
+            count = self._out.stream(self.header.rows_name, took, at, expected.size)
+        except MissingObjectError:
+            raise self._missing() from None
+        self._check(what, at, count, expected, found.hexdigest())
+
+    def damage(self) -> Iterator[DataError]:
+        """Everything in the rows that is not what was frozen: reads them all, a shard at a time."""
+        checks: list[Callable[[], object]] = [self._check_size, self.classes]
+        checks.append(lambda: self.stream_refused(lambda piece: None))
+        for number in range(len(self.header.pages)):
+            try:
+                shards = self._shards(number)
+            except DataError as error:
+                yield error
+                continue
+            for position, (at, videos, places) in enumerate(shards):
+                try:
+                    self._read(f"the rows of shard {number * PAGE + position}", at, videos, places)
+                except DataError as error:
+                    yield error
+        for check in checks:
+            try:
+                check()
+            except DataError as error:
+                yield error
+
+    def _check_size(self) -> None:
+        try:
+            found = self._out.size(self.header.rows_name)
+        except MissingObjectError:
+            raise self._missing() from None
+        if found != self.header.rows_bytes:
+            raise DataError(f"{self._where} has {found} bytes, {layout.PLAN} says {self.header.rows_bytes}")
+
+    def _shards(self, number: int) -> list[tuple[int, Piece, Piece]]:
+        """Of a page's shards: where they begin, their videos and their places."""
+        if self._page[0] != number:
+            page = self.header.pages[number]
+            low, high = number * PAGE, min((number + 1) * PAGE, self.num_shards) - 1
+            read = self._read(f"the digests of shards {low} to {high}", page.at, page.videos, page.places)
+            videos, places = ([Piece.parse(item) for item in json.loads(line)] for line in read)
+            sizes = [one.size + other.size for one, other in zip(videos, places, strict=True)]
+            starts = itertools.accumulate(sizes, initial=page.first)
+            self._page = (number, list(zip(starts, videos, places, strict=False)))
+        return self._page[1]
+
+    def _after_pages(self) -> int:
+        """Where what follows the last page begins."""
+        if not self.header.pages:
+            return 0
+        last = self.header.pages[-1]
+        return last.at + last.videos.size + last.places.size
+
+    def _read(self, what: str, at: int, *pieces: Piece) -> list[bytes]:
+        """Pieces that follow one another, each checked."""
+        try:
+            data = self._out.read(self.header.rows_name, at, sum(piece.size for piece in pieces))
+        except MissingObjectError:
+            raise self._missing() from None
+        found = []
+        for piece in pieces:
+            part, data = data[: piece.size], data[piece.size :]
+            self._check(what, at, len(part), piece, hashlib.sha256(part).hexdigest())
+            at += piece.size
+            found.append(part)
+        return found
+
+    def _check(self, what: str, at: int, count: int, piece: Piece, sha256: str) -> None:
+        if count != piece.size:
+            raise DataError(
+                f"{self._where} is cut: {what} take {piece.size} bytes from byte {at}, of which {count} are there"
+            )
+        if sha256 != piece.sha256:
+            raise DataError(
+                f"{self._where} is damaged: {what}, {piece.size} bytes from byte {at}, have digest {sha256[:12]}, "
+                f"the plan says {piece.sha256[:12]}"
+            )
+
+    @property
+    def _where(self) -> str:
+        return f"{self._out.url}/{self.header.rows_name}"
+
+    def _missing(self) -> DataError:
+        return DataError(f"{self._where} is missing: without its rows the plan cannot be built or checked")
+
+
+def load_plan(out: Storage) -> Plan | None:
+    """Open the frozen plan of an output, or None before there is one: reads the header alone."""
+    try:
+        data = out.read(layout.PLAN)
+    except MissingObjectError:
+        if out.exists(layout.OLD_PLAN):
+            raise another_version(f"{out.url}/{layout.OLD_PLAN}", 1) from None
+        return None
+    header = Header.parse(data, f"{out.url}/{layout.PLAN}")
+    return Plan(header, header.digest(), out)
 
 
 def clip_rate(facts: VideoFacts, parameters: BuildParameters) -> Fraction:
@@ -191,64 +211,7 @@ def clip_rate(facts: VideoFacts, parameters: BuildParameters) -> Fraction:
     return Fraction(parameters.fps) if parameters.fps is not None else Fraction(facts.rate)
 
 
-def make_plan(
-    sources: Sequence[Source], parameters: BuildParameters, *, tools: dict[str, str], created: str, root: str
-) -> Plan:
-    """Cut every usable video into clips. Too short ones are refused here.
-
-    Videos are ordered by a hash of their content, so that classes and scenes mix over the shards, and the clips of
-    one video stay together, so that it is decoded once.
-    """
-    judged: list[Source] = []
-    rows: list[tuple[str, int, int]] = []
-    used = 0
-    for number, source in enumerate(drop_duplicates(sources)):
-        if source.facts is not None and source.refused is None:
-            facts = source.facts
-            if parameters.limit_videos is not None and used >= parameters.limit_videos:
-                source = Source(source.name, source.size, source.version)
-            else:
-                try:
-                    rows += [(facts.sha256, number, start) for start in _starts(facts, parameters)]
-                    used += 1
-                except Refusal as refusal:
-                    source = source.refusal(refusal, "plan")
-        judged.append(source)
-    rows.sort()
-    chosen = rows[: parameters.limit_clips]
-    table = np.array([(number, start) for _, number, start in chosen], np.int64).reshape(-1, 2)
-    return Plan(parameters, judged, table, tools, created, root)
-
-
-def _starts(facts: VideoFacts, parameters: BuildParameters) -> list[int]:
-    length = facts.timeline().grid_length(clip_rate(facts, parameters))
-    starts = clip_starts(
-        length, parameters.num_frames, parameters.stride, parameters.portion, parameters.max_clips_per_video
-    )
-    if not starts:
-        low, high = parameters.portion
-        part = f" in the portion {low:g}:{high:g}" if (low, high) != (0, 1) else ""
-        raise Refusal(Reason.TOO_SHORT, f"{length} frames{part} hold no clip of {parameters.num_frames}")
-    return starts
-
-
-def source_lines(sources: Iterable[Source]) -> bytes:
-    """``sources.jsonl``."""
-    return "".join(source.line() + "\n" for source in sources).encode()
-
-
-def parse_sources(data: bytes) -> list[Source]:
-    """The inverse of `source_lines`."""
-    return [Source.parse(line) for line in data.decode().splitlines()]
-
-
 def jobs_of(clips: Sequence[Clip]) -> Iterator[list[Clip]]:
     """Consecutive clips of the same video."""
-    job: list[Clip] = []
-    for clip in clips:
-        if job and clip.source != job[0].source:
-            yield job
-            job = []
-        job.append(clip)
-    if job:
-        yield job
+    for _, group in itertools.groupby(clips, key=lambda clip: id(clip.video)):
+        yield list(group)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import enum
+import json
+from collections.abc import Mapping
 
 MAX_DETAIL = 500
 """Characters of a detail that are kept."""
@@ -53,3 +55,8 @@ class Refusal(Exception):
         if len(detail) > MAX_DETAIL:
             detail = detail[: MAX_DETAIL - 1] + "…"
         return {"source": source, "stage": stage, "reason": str(self.reason), "detail": detail, **where}
+
+
+def quarantine_line(record: Mapping[str, object]) -> bytes:
+    """A record as a line of ``quarantine.jsonl``."""
+    return json.dumps(dict(record), ensure_ascii=False).encode() + b"\n"

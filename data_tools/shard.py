@@ -23,7 +23,8 @@ from data_tools.decode import DecodeSettings, Target, decode_stretch, stretches
 from data_tools.encode import Encoder, Stored
 from data_tools.fetch import local_copy
 from data_tools.frame_stream import Frames
-from data_tools.plan import Clip, Plan, jobs_of, shown_name
+from data_tools.plan import Clip, Plan, jobs_of
+from data_tools.probed import shown_name
 from data_tools.reasons import Refusal
 from data_tools.sealed import seal, unseal
 from data_tools.sources import SourceRoot
@@ -59,10 +60,6 @@ class ShardBuilder:
     settings: ShardSettings
     staging: Path
     on_progress: Callable[[int, Counts], None] = lambda shard, counts: None
-    _class_ids: dict[str, int] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        self._class_ids = {name: number for number, name in enumerate(self.plan.classes or [])}
 
     def build(self, shard: int, worker: str) -> dict[str, Any]:
         """Build and commit one shard; returns the commit that stands afterwards, ours or that of who was faster."""
@@ -148,30 +145,27 @@ class ShardBuilder:
         self, clips: list[Clip], refusal: Refusal, stage: str, refusals: list[dict[str, object]], counts: Counts
     ) -> None:
         counts.refused += len(clips)
-        name = shown_name(self.plan.sources[clips[0].source].name)
+        name = shown_name(clips[0].video.name)
         events.count(f"build.refused.{refusal.reason}", len(clips), source=name, detail=refusal.detail)
         refusals.extend(refusal.record(name, stage, row=clip.row, start=clip.start) for clip in clips)
         self.on_progress(counts.shard, counts)
 
     def _sample(self, clip: Clip, array: Stored) -> Sample:
-        source = self.plan.sources[clip.source]
         info = {
-            "source": shown_name(source.name),
+            "source": shown_name(clip.video.name),
             "start": float(clip.start / clip.fps),
             "start_frame": clip.start,
             "fps": float(clip.fps),
             "frames": self.plan.parameters.num_frames,
-            "class_id": None if source.class_name is None else self._class_ids[source.class_name],
-            "caption": source.caption,
+            "class_id": clip.video.class_id,
+            "caption": clip.video.caption,
         }
         return Sample(clip.key, np.ascontiguousarray(array), SampleInfo.model_validate(info))
 
     def _stretches(self, video: list[Clip]) -> Iterator[list[Clip]]:
         """The clips of one video, split into what one process decodes."""
-        facts = self.plan.sources[video[0].source].facts
-        assert facts is not None
         by_start = {clip.start: clip for clip in video}
-        for starts in stretches(list(by_start), self._target(video[0]), bool(facts.keyframes)):
+        for starts in stretches(list(by_start), self._target(video[0]), bool(video[0].video.facts.keyframes)):
             yield [by_start[start] for start in starts]
 
     def _target(self, clip: Clip) -> Target:
@@ -179,17 +173,16 @@ class ShardBuilder:
         return Target(parameters.num_frames, clip.fps, parameters.size, parameters.max_pixels)
 
     def _decode(self, job: list[Clip]) -> Iterator[tuple[list[Clip], Frames | Refusal]]:
-        source = self.plan.sources[job[0].source]
-        assert source.facts is not None
+        video = job[0].video
         settings = replace(self.settings.decode, scratch=self.staging)
         by_start = {clip.start: clip for clip in job}
         try:
-            root = SourceRoot(self.plan.root)
-            others = (other.name for other in self.plan.sources if other.facts is not None and other is not source)
-            copy = local_copy(root, source.name, source.version, self.staging, source.facts.sha256, others=others)
+            root = SourceRoot(self.plan.header.root)
+            others = (other for other in self.plan.header.readable if other != video.name)
+            copy = local_copy(root, video.name, video.version, self.staging, video.facts.sha256, others=others)
             with copy as (path, version):
                 target = self._target(job[0])
-                for starts, frames in decode_stretch(path, version, source.facts, list(by_start), target, settings):
+                for starts, frames in decode_stretch(path, version, video.facts, list(by_start), target, settings):
                     yield [by_start[start] for start in starts], frames
         except Refusal as refusal:
             yield job, refusal

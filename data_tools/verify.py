@@ -19,9 +19,9 @@ from ardist.data.tar_index import TarIndex, build_index
 from ardist.errors import ArdistError, DataError
 from ardist.storage import Storage, open_storage
 from data_tools import layout
-from data_tools.finalize import committed, fold, quarantine_lines
-from data_tools.freeze import Claim, load_plan
-from data_tools.plan import Plan
+from data_tools.claim import Claim
+from data_tools.finalize import Folded, committed, fold
+from data_tools.plan import Plan, load_plan
 from data_tools.sealed import unseal
 
 
@@ -166,26 +166,31 @@ def _check_values(path: Path, index: TarIndex, shard: ShardEntry) -> None:
 def _check_build(storage: Storage, data: bytes | None, manifest: Manifest | None, report: Report) -> None:
     """Plan, claim, commits and quarantine against the manifest; a dataset that was copied without them is fine."""
     plan = report.guard(layout.PLAN, lambda: load_plan(storage))
-    there = {name for name in (layout.CLAIM, layout.PLAN, layout.SOURCES) if storage.exists(name)}
+    there = {name for name in (layout.CLAIM, layout.PLAN) if storage.exists(name)}
     if not there and not committed(storage):
         report.notes.append(Problem(layout.PLAN, "the records of the build are not here: provenance is not checked"))
         return
-    for name in sorted({layout.CLAIM, layout.PLAN, layout.SOURCES} - there):
+    for name in sorted({layout.CLAIM, layout.PLAN} - there):
         report.problems.append(Problem(name, "missing"))
     if plan is None:
         return
     if layout.CLAIM in there:
         report.guard(layout.CLAIM, lambda: _check_claim(storage, plan))
-    folded = report.guard(layout.COMMITS, lambda: fold(storage, plan))
+    rows = plan.header.rows_name
+    report.problems.extend(Problem(rows, str(error)) for error in plan.damage())
+    report.notes.extend(
+        Problem(name, "belongs to no plan; gc removes it") for name in storage.list(layout.ROWS) if name != rows
+    )
+    expected, found = hashlib.sha256(), hashlib.sha256()
+    folded: Folded | None = report.guard(layout.COMMITS, lambda: fold(storage, plan, expected.update))
     if folded is None:
         return
-    expected, records = folded
-    quarantine = report.guard(layout.QUARANTINE, lambda: storage.read(layout.QUARANTINE))
-    if quarantine is not None and quarantine != quarantine_lines(records):
+    readable = report.guard(layout.QUARANTINE, lambda: storage.stream(layout.QUARANTINE, found.update)) is not None
+    if readable and found.digest() != expected.digest():
         report.problems.append(Problem(layout.QUARANTINE, "is not what plan and commits say"))
-    if data is not None and manifest is not None and expected is not None and data != expected.dump():
+    if data is not None and manifest is not None and folded.manifest is not None and data != folded.manifest.dump():
         report.problems.append(Problem(MANIFEST_NAME, "is not what plan and commits say"))
-    for extra in sorted(committed(storage) - set(range(plan.num_shards))):
+    for extra in sorted(shard for shard in committed(storage) if shard >= plan.num_shards):
         report.problems.append(Problem(layout.commit_name(extra), f"the plan has {plan.num_shards} shards"))
 
 

@@ -38,7 +38,7 @@ def run_worker(
     label: str = "",
 ) -> int:
     """Lease and build shards until all are committed, by whomever; returns how many this worker built."""
-    if not len(plan.rows):
+    if not plan.num_shards:
         return 0
     worker = worker_name(label)
     leases = Leases(storage, worker, pace.lease_seconds)

@@ -19,9 +19,8 @@ from ardist.events import events
 from ardist.storage import Storage, open_storage
 from data_tools.encode import EncoderChoice
 from data_tools.finalize import missing_commits
-from data_tools.freeze import load_plan
 from data_tools.lease import Pace
-from data_tools.plan import Plan
+from data_tools.plan import Plan, load_plan
 from data_tools.progress import Progress
 from data_tools.sandbox import die_with_parent
 from data_tools.shard import Counts, ShardSettings

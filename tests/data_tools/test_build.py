@@ -20,7 +20,7 @@ from ardist.errors import ConfigError, DataError
 from ardist.storage import open_storage
 from data_tools import layout
 from data_tools.cli import main
-from data_tools.freeze import load_plan
+from data_tools.plan import load_plan
 
 
 def test_what_comes_out(three_videos: Path, tmp_path: Path) -> None:
@@ -47,12 +47,13 @@ def test_what_comes_out(three_videos: Path, tmp_path: Path) -> None:
     assert quarantine(tmp_path / "out") == []
     plan = load_plan(open_storage(tmp_path / "out"))
     assert plan is not None
-    planned = [clip.key for number in range(plan.num_shards) for clip in plan.clips(number)]
-    assert list(found) == planned, "samples do not stand in the order of the plan"
-    order = [(plan.sources[number].facts.sha256, start) for number, start in plan.rows.tolist()]  # type: ignore[union-attr]
+    planned = [clip for number in range(plan.num_shards) for clip in plan.clips(number)]
+    assert list(found) == [clip.key for clip in planned], "samples do not stand in the order of the plan"
+    assert [clip.row for clip in planned] == list(range(9))
+    order = [(clip.video.facts.sha256, clip.start) for clip in planned]
     assert order == sorted(order), "clips are ordered by their video's content, then by time"
-    assert manifest.created == plan.created
-    assert abs(time.time() - datetime.datetime.fromisoformat(plan.created).timestamp()) < 600
+    assert manifest.created == plan.header.created
+    assert abs(time.time() - datetime.datetime.fromisoformat(plan.header.created).timestamp()) < 600
     for shard in manifest.shards:
         index = build_index(tmp_path / "out" / shard.name, shape=shard.shape, dtype=shard.dtype)
         assert index.to_bytes() == (tmp_path / "out" / shard.index_name).read_bytes()

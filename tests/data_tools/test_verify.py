@@ -41,7 +41,7 @@ def test_a_good_dataset_has_no_problems(dataset: Path) -> None:
 def test_what_a_finished_dataset_consists_of(dataset: Path) -> None:
     """Nothing that only the making needed is left, and nothing is there that verify does not look at."""
     kinds = {name.split("/")[0] for name in _files(dataset)}
-    records = {layout.CLAIM, layout.PLAN, layout.SOURCES, layout.QUARANTINE, "commits"}
+    records = {layout.CLAIM, layout.PLAN, "plan", layout.QUARANTINE, "commits"}
     assert kinds == {MANIFEST_NAME, "shards", *records}
 
 

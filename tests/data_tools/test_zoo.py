@@ -12,7 +12,7 @@ from dt_builds import build_small, quarantine, samples
 from zoo import ZOO, Animal, Clips
 
 from data_tools.build import Summary
-from data_tools.plan import shown_name
+from data_tools.probed import shown_name
 from data_tools.verify import verify
 
 assert zoo_good  # registers the good ones
