@@ -78,10 +78,10 @@ class Plan:
         lines, last = self._read(f"the rows of shard {shard}", at, videos, places)
         clips: list[Clip] = []
         row = shard * self.parameters.samples_per_shard
-        for line, place in zip(lines.decode().splitlines(), json.loads(last), strict=True):
+        for line, (size, version) in zip(lines.decode().splitlines(), json.loads(last), strict=True):
             fields = json.loads(line)
             facts = VideoFacts.from_json(fields["facts"])
-            video = Video(fields["name"], *place, facts, fields["class"], fields["caption"])
+            video = Video(fields["name"], size, version, facts, fields["class"], fields["caption"])
             fps = clip_rate(facts, self.parameters)
             made = self.parameters.sample_parameters(str(fps))
             for start in fields["starts"]:

@@ -67,9 +67,8 @@ class RowsWriter:
 
     def _end_page(self) -> None:
         at = self.num_bytes
-        videos, places = (
-            self._write(_line([piece.as_json() for piece in each])) for each in zip(*self._shards, strict=True)
-        )
+        videos = self._write(_line([videos.as_json() for videos, _ in self._shards]))
+        places = self._write(_line([places.as_json() for _, places in self._shards]))
         self.pages.append(Page(self._first, at, videos, places))
         self._first, self._shards = self.num_bytes, []
 
