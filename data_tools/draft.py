@@ -36,9 +36,10 @@ class Draft:
         self._base = sqlite3.connect(f"{(folder / 'draft').as_uri()}?nolock=1", uri=True, isolation_level=None)
         for setting in ("journal_mode=OFF", "synchronous=OFF", "temp_store=FILE", f"cache_size=-{_CACHE_KIB}"):
             self._base.execute(f"PRAGMA {setting}")
+        # Never committed: what fits in the cache never touches the disk.
+        self._base.execute("BEGIN")
         self._base.execute("CREATE TABLE videos (content BLOB PRIMARY KEY, shown TEXT, source TEXT)")
         self._base.execute("CREATE TABLE refused (line BLOB)")
-        self._base.execute("BEGIN")
         self._used = 0
         self._classes: set[str] = set()
         self.num_videos = 0

@@ -11,7 +11,7 @@ import sqlite3
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -108,43 +108,14 @@ class Freezer:
                     continue
                 with lease, _told(self.staging):
                     if not self.out.exists(layout.PLAN):
-                        self._write(listing, Path(folder))
+                        judged = self._judged(listing)
+                        write_plan(self.out, judged, self.claim.parameters, listing.root.address, Path(folder))
 
-    def _write(self, listing: Listing, folder: Path) -> None:
-        """Rows first, then the header that makes them the plan."""
-        parameters = self.claim.parameters
-        rows = folder / "rows"
-        with contextlib.closing(Draft(folder, parameters)) as draft, rows.open("xb") as file:
-            for number in range(listing.num_chunks):
-                fault.point("build.draft")
-                for source in self._probed(listing, number):
-                    draft.add(self._labelled(source))
-            writer = RowsWriter(file, parameters.samples_per_shard)
-            draft.write(writer)
-            header = Header(
-                parameters=parameters,
-                tools=tool_versions(parameters),
-                created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-                root=listing.root.address,
-                num_clips=writer.num_clips,
-                num_videos=draft.num_videos,
-                reasons=dict(sorted(draft.reasons.items())),
-                readable=tuple(draft.readable),
-                rows_name=writer.name,
-                rows_bytes=writer.num_bytes,
-                pages=tuple(writer.pages),
-                refused=writer.refused,
-                classes=writer.classes,
-            )
-        fault.point("build.before_rows")
-        # The same listing and probes make the same bytes under the same name, whoever writes them and however often.
-        self.out.put(header.rows_name, rows, move=True)
-        fault.point("build.before_plan")
-        if not self.out.create(layout.PLAN, header.dump()):
-            standing = load_plan(self.out)
-            if standing is not None and standing.header.rows_name != header.rows_name:
-                self.out.delete(header.rows_name)
-        fault.point("build.after_plan")
+    def _judged(self, listing: Listing) -> Iterator[Source]:
+        """All probed sources in the order of the listing, with their labels."""
+        for number in range(listing.num_chunks):
+            fault.point("build.draft")
+            yield from map(self._labelled, self._probed(listing, number))
 
     def _probed(self, listing: Listing, number: int) -> list[Source]:
         name = layout.probe_name(number)
@@ -255,6 +226,43 @@ class Freezer:
 
 def _answered(source: Source, answer: VideoFacts | Refusal) -> Source:
     return source.refusal(answer, "probe") if isinstance(answer, Refusal) else replace(source, facts=answer)
+
+
+def write_plan(out: Storage, sources: Iterable[Source], parameters: BuildParameters, root: str, folder: Path) -> None:
+    """Make the plan of probed sources, unless one stands by then; `folder` is private and holds it meanwhile.
+
+    First the rows, then the header that makes them the plan: whatever dies in between, the next writer of the same
+    sources writes the same bytes under the same name.
+    """
+    rows = folder / "rows"
+    with contextlib.closing(Draft(folder, parameters)) as draft, rows.open("xb") as file:
+        for source in sources:
+            draft.add(source)
+        writer = RowsWriter(file, parameters.samples_per_shard)
+        draft.write(writer)
+        header = Header(
+            parameters=parameters,
+            tools=tool_versions(parameters),
+            created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            root=root,
+            num_clips=writer.num_clips,
+            num_videos=draft.num_videos,
+            reasons=dict(sorted(draft.reasons.items())),
+            readable=tuple(draft.readable),
+            rows_name=writer.name,
+            rows_bytes=writer.num_bytes,
+            pages=tuple(writer.pages),
+            refused=writer.refused,
+            classes=writer.classes,
+        )
+    fault.point("build.before_rows")
+    out.put(header.rows_name, rows, move=True)
+    fault.point("build.before_plan")
+    if not out.create(layout.PLAN, header.dump()):
+        standing = load_plan(out)
+        if standing is not None and standing.header.rows_name != header.rows_name:
+            out.delete(header.rows_name)
+    fault.point("build.after_plan")
 
 
 @contextlib.contextmanager
