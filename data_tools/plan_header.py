@@ -19,7 +19,7 @@ PAGE = 1024
 """Shards whose digests make one page."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Piece:
     """Consecutive bytes of the rows."""
 
@@ -42,7 +42,7 @@ class Piece:
         return [self.size, self.sha256]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Page:
     """Where the shards of a page begin, where the page itself does, and its two lines."""
 

@@ -8,7 +8,7 @@ import itertools
 import os
 import stat
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from fractions import Fraction
 from typing import TYPE_CHECKING, Any
 
@@ -76,7 +76,7 @@ class VideoFacts:
 
     def as_json(self) -> dict[str, Any]:
         """Plain values for ``sources.jsonl``."""
-        return asdict(self)
+        return dict(vars(self))
 
     @classmethod
     def from_json(cls, fields: dict[str, Any]) -> VideoFacts:

@@ -11,7 +11,7 @@ from data_tools.probe import VideoFacts
 from data_tools.reasons import Refusal
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Source:
     """One candidate after probing: facts, or why it is refused. A line of ``probes/``."""
 

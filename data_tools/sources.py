@@ -23,7 +23,7 @@ EXTENSIONS = frozenset(
 LISTS = frozenset({"txt", "lst", "list"})
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Listed:
     """One candidate: name relative to the root, bytes, opaque version; `refused` when a look was enough."""
 
