@@ -121,8 +121,7 @@ def build(
             with staging_folder(storage) as staging:
                 run_worker(plan, storage, encoder.make(), options.shard, options.pace, staging, progress)
         fault.point("build.before_finalize")
-        with staging_folder(storage) as staging:
-            folded = finalize(storage, plan, staging)
+        folded = finalize(storage, plan)
         manifest = folded.manifest
         assert manifest is not None
         for name in list(storage.list(layout.LEASES)):

@@ -6,7 +6,6 @@ import logging
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import ardist
@@ -25,6 +24,7 @@ from data_tools import layout
 from data_tools.plan import Plan
 from data_tools.reasons import quarantine_line
 from data_tools.shard import read_commit
+from data_tools.staging import staging_folder
 
 _log = logging.getLogger("data_tools.finalize")
 
@@ -59,17 +59,17 @@ class Folded:
         return ", ".join(f"{count} x {reason}" for reason, count in ordered) or "nothing was refused"
 
 
-def finalize(out: Storage, plan: Plan, staging: Path) -> Folded:
+def finalize(out: Storage, plan: Plan) -> Folded:
     """Write quarantine.jsonl and then manifest.json; raises `DataError` while a shard is not committed."""
     holes = missing_commits(out, plan)
     if holes:
         shown = ", ".join(map(str, holes[:10])) + (", …" if len(holes) > 10 else "")
         raise DataError(f"{len(holes)} of {plan.num_shards} shards are not committed: {shown}; run build again")
-    quarantine = staging / layout.QUARANTINE
-    with quarantine.open("wb") as file:
-        folded = fold(out, plan, file.write)
-    out.put(layout.QUARANTINE, quarantine)
-    quarantine.unlink()
+    # The folder is gone before there is a manifest: of a finished dataset nobody looks for what a kill left behind.
+    with staging_folder(out) as staging:
+        with (staging / layout.QUARANTINE).open("wb") as file:
+            folded = fold(out, plan, file.write)
+        out.put(layout.QUARANTINE, staging / layout.QUARANTINE)
     fault.point("build.after_quarantine")
     # What was only needed to make the plan: nobody reads it once the plan stands.
     for name in [layout.LISTING, *out.list(layout.PROBES)]:

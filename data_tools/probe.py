@@ -75,7 +75,7 @@ class VideoFacts:
         return seek_time([Fraction(key) for key in self.keyframes], time)
 
     def as_json(self) -> dict[str, Any]:
-        """Plain values for ``sources.jsonl``."""
+        """Plain values for ``probes/`` and the plan."""
         return dict(vars(self))
 
     @classmethod
