@@ -42,6 +42,7 @@ bench: $(VENV)/.installed-dev  ## the benchmarks at sizes for two CPU cores; doc
 	$(BIN)/python benchmarks/shuffle.py
 	$(BIN)/python benchmarks/loader.py
 	$(BIN)/python benchmarks/build.py
+	$(BIN)/python benchmarks/plan_open.py
 	$(BIN)/python benchmarks/train_step.py
 	$(BIN)/python benchmarks/model_step.py
 

@@ -1,4 +1,4 @@
-"""What the builder's benchmark reports beside its rates."""
+"""What the builder's benchmarks report beside rates."""
 
 from __future__ import annotations
 
@@ -14,15 +14,31 @@ import pytest
 MIB = 2**20
 
 
-@pytest.fixture(scope="module")
-def benchmark() -> ModuleType:
-    path = Path(__file__).resolve().parents[2] / "benchmarks" / "build.py"
-    spec = importlib.util.spec_from_file_location("build_benchmark", path)
+def _loaded(name: str) -> ModuleType:
+    path = Path(__file__).resolve().parents[2] / "benchmarks" / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(f"{name}_benchmark", path)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="module")
+def benchmark() -> ModuleType:
+    return _loaded("build")
+
+
+def test_a_plan_is_measured_by_what_a_worker_reads(tmp_path: Path) -> None:
+    """All bytes are counted, and of each of the plan's shards all clips are read where there are no more than three."""
+    measure = _loaded("plan_open")
+    measure.SHARD = 600
+    measure.freeze(tmp_path, 40)
+    found = measure.work(tmp_path)
+    assert found["clips"] == found["clips_read"] == 40 * measure.CLIPS
+    assert found["header"] == (tmp_path / "plan.json").stat().st_size
+    assert found["rows"] == next((tmp_path / "plan").iterdir()).stat().st_size
+    assert found["rows"] - 100 < found["read"] * 3 < found["rows"], "shards and their page, not what was refused"
 
 
 def test_the_memory_of_children_counts(benchmark: ModuleType) -> None:
