@@ -25,7 +25,7 @@ from ardist.events import events
 
 _STRIPES: Final = 256
 _UNSEEN: Final = 128
-"""The part of the limit that a process adds, at most, between two looks at what all of them keep."""
+"""The part of the limit that one cache adds, at most, between two looks at what all of them keep."""
 
 _NAME: Final = re.compile(r"[0-9a-f]{64}(-\d+-\d+)?")
 _TEMPORARY: Final = ".filling"
@@ -40,7 +40,7 @@ def default_cache_dir() -> Path:
 class DiskCache:
     """Files below `directory`, at most `limit` bytes of them beyond what is open at the moment.
 
-    Several processes together may pass the limit by a 128th of it each.
+    Several that share a folder, in one process or in many, may pass the limit together by a 128th of it each.
 
     Raises `HardwareError` where the folder cannot be used or its disk is full.
     """
@@ -135,15 +135,17 @@ class DiskCache:
     def _grown(self, size: int) -> None:
         """An entry was added: look for what to evict where the limit may be passed.
 
-        Looking takes as long as there are entries. So it is done when this process alone would pass the limit, and
-        each time it has added a small part of it, because others add to the same folder.
+        Looking takes as long as there are entries. So it is done when what is known here would pass the limit, and each
+        time a small part of it was added here, because others add to the same folder.
         """
         with self._lock:
             self._added += size
             most = self._limit - self._found if self._found is not None else 0
             if self._added <= min(most, self._limit // _UNSEEN):
                 return
-            self._found, self._added = self.shrink(self._limit), 0
+            # Where it is full, room for more than one entry is made, so that not each of them has to look.
+            spare = self._limit // _UNSEEN
+            self._found, self._added = self.shrink(self._limit, spare if spare >= size else 0), 0
 
     def discard(self, name: str, reason: str) -> None:
         """Remove an entry that turned out to be damaged."""
@@ -151,12 +153,14 @@ class DiskCache:
         with contextlib.suppress(FileNotFoundError):
             (self._root / name[:2] / name).unlink()
 
-    def shrink(self, limit: int) -> int:
-        """Evict the least recently used entries until at most `limit` bytes are left; returns how many are."""
+    def shrink(self, limit: int, spare: int = 0) -> int:
+        """Where more than `limit` bytes are kept, evict the entries used least recently until `spare` bytes more are
+        free; returns how many are left."""
         entries = sorted(self._entries())
         total = sum(size for _, size, _ in entries)
+        most = limit if total <= limit else limit - spare
         for _, size, path in entries:
-            if total <= limit:
+            if total <= most:
                 break
             with contextlib.suppress(FileNotFoundError):
                 path.unlink()

@@ -18,9 +18,8 @@ from ardist.data.order import LaneOrder, Places
 from ardist.data.read_ahead import ReadAhead
 from ardist.data.reader import BadSample, SampleReader
 from ardist.data.remote_source import open_source
-from ardist.data.run_reader import piece_bytes
 from ardist.data.source import missing_or_resized
-from ardist.data.window_arena import Window, WindowArena
+from ardist.data.window_arena import Window, WindowArena, piece_bytes
 from ardist.errors import DataError
 from ardist.events import events
 

@@ -16,18 +16,10 @@ import numpy.typing as npt
 import xxhash
 
 from ardist.data.open_shards import OpenPart, ShardTable
-from ardist.data.sample import SampleDtype, npy_size
 from ardist.data.window_arena import LARGEST_MEMBER, WindowRows, finite
-
-_AT_ONCE: Final = 2560 * 1024
-"""Bytes of a piece. All threads' pieces fit in a last-level cache; smaller ones, which would fit in the levels before
-it, take longer, because Python is then asked for more turns and has been swept out of these caches by each of them."""
 
 _WIDEST: Final = LARGEST_MEMBER + 64 * 1024
 """Bytes from one member to the next up to which what lies between them is read along."""
-
-_BETWEEN: Final = 2048
-"""Bytes from the end of one member to the next, as they usually are."""
 
 _hash = xxhash.xxh3_64_intdigest
 
@@ -51,7 +43,7 @@ class RunReader:
             members = part.shard.values
             if members.same_sizes and members.member_size == memory.member_size:
                 offsets = members.offsets[first:stop].astype(np.int64) - part.base
-                for low, high in pieces(offsets, memory.member_size):
+                for low, high in pieces(offsets, memory.member_size, memory.at_once):
                     at = rows[first + low - begun : first + high - begun]
                     self._read_piece(part, first + low, offsets[low:high], memory, at)
             first = stop
@@ -68,7 +60,7 @@ class RunReader:
         count, size, header = len(rows), memory.member_size, len(memory.header)
         stride = offsets.item(1) - offsets.item(0) if count > 1 else size
         length = (count - 1) * stride + size
-        cache, view = self._memory(length)
+        cache, view = self._memory(memory.at_once)
         if os.preadv(part.fd, [view[:length]], offsets.item(0)) != length:
             return
         chosen = slice(first, first + count)
@@ -93,13 +85,8 @@ class RunReader:
         return cast(tuple[npt.NDArray[np.uint8], memoryview], held)
 
 
-def piece_bytes(rows: int, shape: tuple[int, ...], dtype: SampleDtype) -> int:
-    """Memory of a thread that reads runs of up to so many rows, with what lies between their members."""
-    return min(_AT_ONCE, rows * (npy_size(shape, dtype) + _BETWEEN))
-
-
-def pieces(offsets: npt.NDArray[np.int64], size: int) -> Iterator[tuple[int, int]]:
-    """[low, high) of runs of members that have the same distance from each other and fit in a piece of memory."""
+def pieces(offsets: npt.NDArray[np.int64], size: int, at_once: int) -> Iterator[tuple[int, int]]:
+    """[low, high) of runs of members that have the same distance from each other and fit in `at_once` bytes."""
     low, count = 0, len(offsets)
     strides = np.diff(offsets)
     changes = [*(np.flatnonzero(np.diff(strides)) + 1).tolist(), count - 1]
@@ -107,7 +94,7 @@ def pieces(offsets: npt.NDArray[np.int64], size: int) -> Iterator[tuple[int, int
         # The strides [low, change) are the same, and with them the members [low, change].
         while low <= change and low < count:
             stride = strides.item(low) if low < count - 1 else size
-            most = 1 + (_AT_ONCE - size) // stride if size <= stride <= _WIDEST else 1
+            most = 1 + (at_once - size) // stride if size <= stride <= _WIDEST else 1
             high = min(low + most, change + 1)
             yield low, high
             low = high

@@ -42,7 +42,7 @@ class LatentSanity:
         # numpy, because torch would wake all its threads for this; a spread-out part of a batch tells the same.
         stored = values.view(torch.uint16) if self._dtype == "bfloat16" else values
         flat = stored.numpy().reshape(-1, values.shape[-1])
-        # An odd step does not meet the same place of every frame again and again, as one that divides a frame would.
+        # An even step would meet the same few places of every frame: their tokens are mostly a power of two.
         flat = real_values(flat[:: len(flat) // _VECTORS | 1], self._dtype).astype(np.float64)
         self._count += len(flat)
         self._total += flat.sum(0)

@@ -19,10 +19,18 @@ import torch
 
 from ardist.data.batch import RowBuffer, Rows
 from ardist.data.order import LaneOrder, Places
-from ardist.data.sample import NUMPY_DTYPES, TORCH_DTYPES, SampleDtype, npy_header
+from ardist.data.sample import NUMPY_DTYPES, TORCH_DTYPES, SampleDtype, npy_header, npy_size
 
 LARGEST_MEMBER: Final = 64 * 1024
 """Bytes of a member from which on reading it by itself is as fast."""
+
+AT_ONCE: Final = 2560 * 1024
+"""Most bytes of a run that a thread reads at a time. All threads' fit in a last-level cache; smaller ones, which would
+fit in the levels before it, take longer, because Python is then asked for more turns and has been swept out of these
+caches by each of them."""
+
+_BETWEEN: Final = 2048
+"""Bytes from the end of one member to the next, as they usually are: tar headers and a description."""
 
 _REMEMBERED: Final = 4
 
@@ -38,11 +46,14 @@ class WindowRows:
     """Reused memory for the samples of a window, one row each, and what the index says of them.
 
     Whoever reads into it writes `raw` (bytes [rows, payload]), `keys`, `class_ids`, and marks in `good` what may be
-    served. pinned: in memory that a device can read by itself.
+    served. at_once: bytes that a thread may read at a time. pinned: in memory that a device can read by itself.
     """
 
-    def __init__(self, rows: int, shape: tuple[int, ...], dtype: SampleDtype, *, pinned: bool = False) -> None:
+    def __init__(
+        self, rows: int, shape: tuple[int, ...], dtype: SampleDtype, *, at_once: int = AT_ONCE, pinned: bool = False
+    ) -> None:
         self.dtype: SampleDtype = dtype
+        self.at_once = at_once
         self.header = np.frombuffer(npy_header(shape, dtype), np.uint8)
         self.member_size = len(self.header) + math.prod(shape) * NUMPY_DTYPES[dtype].itemsize
         size = self.member_size - len(self.header)
@@ -115,7 +126,8 @@ class WindowArena:
         self, order: LaneOrder, lanes: range, shape: tuple[int, ...], dtype: SampleDtype, *, each: int = 1
     ) -> None:
         self._order, self.lanes, self._each = order, lanes, each
-        self._layout = len(lanes) * min(order.window, order.lane_length), shape, dtype
+        window = min(order.window, order.lane_length)
+        self._layout, self._at_once = (len(lanes) * window, shape, dtype), piece_bytes(window, shape, dtype)
         self._memories: list[WindowRows | None] = [None, None]
         self._latest: list[Window | None] = [None, None]
         self._turn = 0
@@ -171,7 +183,7 @@ class WindowArena:
                 return None
             memory = self._memories[window.memory]
             if memory is None:
-                memory = WindowRows(*self._layout, pinned=torch.cuda.is_available())
+                memory = WindowRows(*self._layout, at_once=self._at_once, pinned=torch.cuda.is_available())
                 self._memories[window.memory] = memory
             if not window.claimed:
                 memory.good.fill(False)
@@ -262,6 +274,11 @@ class WindowArena:
         with self._changed:
             self._closed = True
             self._changed.notify_all()
+
+
+def piece_bytes(rows: int, shape: tuple[int, ...], dtype: SampleDtype) -> int:
+    """Memory of a thread that reads runs of up to so many rows, with what lies between their members."""
+    return min(AT_ONCE, rows * (npy_size(shape, dtype) + _BETWEEN))
 
 
 def finite(values: npt.NDArray[Any], dtype: SampleDtype) -> npt.NDArray[np.bool_]:

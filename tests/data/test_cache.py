@@ -17,11 +17,11 @@ from ardist.events import events
 
 
 def name(number: int) -> str:
-    return hashlib.sha256(bytes([number])).hexdigest() + "-0-100"
+    return hashlib.sha256(number.to_bytes(2, "big")).hexdigest() + "-0-100"
 
 
 def put(cache: DiskCache, number: int) -> bytes:
-    descriptor = cache.open(name(number), 100, lambda path: path.write_bytes(bytes([number]) * 100) and None)
+    descriptor = cache.open(name(number), 100, lambda path: path.write_bytes(bytes([number % 256]) * 100) and None)
     data = os.read(descriptor, 200)
     os.close(descriptor)
     return data
@@ -44,12 +44,18 @@ def test_least_recently_used_goes_first(tmp_path: Path) -> None:
 
 
 def test_many_entries_are_not_counted_again_for_each_new_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A cache that holds thousands of entries takes no longer to add one."""
-    cache, looks, entries = DiskCache(tmp_path, 100 * 10_000), [], DiskCache._entries
+    """A cache that holds thousands of entries takes no longer to add one, also where it is full."""
+    limit = 100 * 1280
+    cache, looks, entries = DiskCache(tmp_path, limit), [], DiskCache._entries
     monkeypatch.setattr(DiskCache, "_entries", lambda self: looks.append(1) or entries(self))
-    for number in range(250):
+    for number in range(1280):
         put(cache, number)
-    assert len(looks) < 10
+    assert cache.evicted == 0
+    for number in range(1280, 1580):
+        put(cache, number)
+    assert cache.evicted >= 300
+    assert len(looks) <= 1580 / 10 + 10
+    assert limit * 0.98 < sum(size for _, size, _ in entries(cache)) <= limit
 
 
 def test_the_limit_holds_for_several_processes_together(tmp_path: Path) -> None:

@@ -136,16 +136,18 @@ def test_members_at_uneven_distances_are_read_with_few_calls(tmp_path: Path, mon
 
 @settings(deadline=None, max_examples=300)
 @given(
-    st.lists(st.sampled_from([100, 120, 300_000, 900_000]), min_size=1, max_size=40), st.sampled_from([100, 64 * 1024])
+    st.lists(st.sampled_from([100, 120, 300_000, 900_000]), min_size=1, max_size=40),
+    st.sampled_from([100, 64 * 1024]),
+    st.sampled_from([66 * 1024, 2560 * 1024]),
 )
-def test_pieces_cover_a_run_and_have_one_distance(distances: list[int], size: int) -> None:
+def test_pieces_cover_a_run_and_have_one_distance(distances: list[int], size: int, at_once: int) -> None:
     offsets = np.cumsum(np.maximum(distances, size)).astype(np.int64)
-    found = list(pieces(offsets, size))
+    found = list(pieces(offsets, size, at_once))
     assert [low for low, _ in found] == [0, *(high for _, high in found[:-1])]
     assert found[-1][1] == len(offsets)
     for low, high in found:
         assert len(set(np.diff(offsets[low:high]).tolist())) <= 1
-        assert offsets[high - 1] + size - offsets[low] <= 2560 * 1024
+        assert offsets[high - 1] + size - offsets[low] <= at_once
 
 
 @pytest.mark.parametrize("batch", [8, 12])
