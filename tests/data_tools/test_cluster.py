@@ -210,7 +210,9 @@ def test_machines_join_and_are_lost(ray: Any, videos: Path, alone: str, tmp_path
     with contextlib.suppress(ProcessLookupError):
         os.kill(halted[0], signal.SIGKILL)
     assert summary.manifest.digest() == alone
-    assert summary.events["build.ray_waits"] == summary.events["build.worker_died"] == 1
+    assert summary.events["build.ray_waits"] >= 1
+    # The actor in its place may still be sent to the machine that is going, where it never begins.
+    assert 1 <= summary.events["build.worker_died"] <= 2
     assert _authors(out) == {"ray"}
     assert not verify(str(out)).problems
 
