@@ -95,7 +95,8 @@ def train(root: Path, number: int, ranks: int, own: list[str]) -> None:
     if number == 2:
         settings.append(f"init_from={root / 'bundle1'}")
     launcher = [REPOSITORY / "launchers" / "train.sh", "--ranks", ranks, STAGES[number]]
-    subprocess.run([*map(str, launcher), *settings], check=True)
+    # The launcher would choose an interpreter by itself: the stages must be trained by the code that judges them.
+    subprocess.run([*map(str, launcher), *settings], check=True, env={**os.environ, "PYTHON": sys.executable})
     if not (root / f"bundle{number}").exists():
         run("ardist.cli", "export", root / f"stage{number}", "--out", root / f"bundle{number}")
 

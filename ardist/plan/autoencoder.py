@@ -64,7 +64,8 @@ def peak_bytes(
         if losses.adversarial_weight:
             fake, real = judge(shown), judge(frames)
             (more,) = torch.autograd.grad(generator_hinge_loss(fake), shown, retain_graph=True)
-            discriminator_hinge_loss(real, fake).backward(inputs=list(judge.parameters()))
+            discriminator_hinge_loss(real, fake).backward()  # as far as the frames, like DeepSpeed's
+            shown.grad = None
             gradient = gradient + more
             del fake, real, more
         total = (reconstruction * gradient).sum() + posterior.kl()

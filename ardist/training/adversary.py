@@ -8,8 +8,8 @@ The autoencoder needs the discriminator's gradient at the frames. DeepSpeed 0.19
 out and takes every gradient that reaches them for the engine's own backward pass, at whose end it reduces gradients
 that nobody has made: an IndexError in ``reduce_ipg_grads`` with ZeRO 1 and 2, a RuntimeError with ZeRO-0. So that
 gradient is taken within the forward pass of the engine's module, before there are outputs; hooks on weights do not
-fire, as it is one with respect to the frames only. What comes out leads back to what the discriminator itself learns,
-and no further.
+fire, as it is one with respect to the frames only. The engine's own backward pass goes as far as the frames too, since
+DeepSpeed takes no list of what to differentiate; what it leaves there is thrown away. They are a leaf: it ends there.
 
 Both sides learn in every step, from one pass of the discriminator over the reconstructions. The adaptive weight is
 that of the step before: both norms are then of the whole global batch, and neither the number of ranks nor the
@@ -89,16 +89,25 @@ class Adversary:
         autocast = torch.autocast(
             world.device.type, torch.bfloat16, enabled=config.training.precision == "bf16", cache_enabled=False
         )
-        with torch.random.fork_rng(devices=[]):  # the autoencoder's own weights do not depend on whether we are here
-            torch.manual_seed(config.seed + _SEED_OFFSET)
-            self.model = PatchDiscriminator(self.config.discriminator_channels, self.config.discriminator_layers)
+        self._seed = config.seed + _SEED_OFFSET
+        self.model = self._new_model()
+        with torch.random.fork_rng(devices=[]):  # as that: whatever DeepSpeed draws
             self.engine = Engine(Lesson(self.model, autocast), _engine_config(config, self.model), world)
         self.active = False
         self.weight = torch.zeros((), device=world.device)
         """The adaptive weight for the present step."""
         self.skipped_alone = torch.zeros((), device=world.device)
         """Steps that only the discriminator had to skip."""
+        self.skips_told = 0
+        """How many of them have been counted as events."""
         self._pulls: Tensor | None = None
+
+    def _new_model(self) -> PatchDiscriminator:
+        """A discriminator as it is at the beginning, always the same; the autoencoder's own weights do not depend on
+        whether it is made."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self._seed)
+            return PatchDiscriminator(self.config.discriminator_channels, self.config.discriminator_layers)
 
     def begin(self, step: int) -> None:
         """Before optimiser step `step` (0-based): take part from ``adversarial_start`` on."""
@@ -108,12 +117,13 @@ class Adversary:
     def judge(self, reconstruction: Float[Tensor, "b f 3 h w"], frames: Float[Tensor, "b f 3 h w"]) -> Verdict:
         """Judge a micro-batch, and add to the discriminator's gradients what it learns from it.
 
-        `reconstruction` is a leaf that requires a gradient; nothing flows on from it.
+        `reconstruction` is a leaf that requires a gradient; nothing flows on from it, and nothing is left at it.
         """
         own, loss, gradient, real, fake = self.engine(reconstruction, frames)
         if (factor := fault.point("adversary.loss")) is not None:
             own = own * float(factor or "nan")
         self.engine.backward(own)
+        reconstruction.grad = None  # the discriminator's own loss is not the autoencoder's; and it takes memory
         terms = {
             "generator": loss,
             "discriminator": own.detach(),
@@ -159,11 +169,16 @@ class Adversary:
         return {name: value.detach().cpu().clone() for name, value in state.items()}
 
     def restore(self, checkpoint: Path, files: Sequence[str]) -> None:
-        """Continue from a checkpoint; one that was written without a discriminator leaves this one new."""
+        """Continue from a checkpoint (collective); after one that was written without a discriminator this one is new,
+        whatever it has learned: weights as at the beginning, no moments, an adaptive weight of 0."""
         if ADVERSARY_FILE in files:
             self.load(load_file(checkpoint / ADVERSARY_FILE), str(checkpoint))
-        elif self.world.is_main:
+            return
+        if self.world.is_main:
             events.count("training.new_discriminator", checkpoint=checkpoint)
+        zeros = {name: torch.zeros(()) for name in ("adaptive_weight", "skipped_alone")}
+        weights = {f"master.{name}": weight.detach() for name, weight in self._new_model().named_parameters()}
+        self.load({**weights, **zeros}, "a new discriminator")
 
     @torch.no_grad()
     def load(self, state: Mapping[str, Tensor], source: str) -> None:
@@ -179,6 +194,7 @@ class Adversary:
             )
         self.weight = state["adaptive_weight"].to(self.world.device)
         self.skipped_alone = state["skipped_alone"].to(self.world.device)
+        self.skips_told = int(state["skipped_alone"])
         counts = [float(value) for name, value in state.items() if name.startswith("step.")]
         if counts:
             fragments.create_moments()

@@ -86,7 +86,8 @@ class CheckpointWriter:
         """The first of these two."""
         # The writing thread talks to its peers over a group of its own, so that it never meets the loop's collectives.
         self._group = dist.new_group(backend="gloo", timeout=self.world.timeout) if self.world.size > 1 else None
-        # Names of writes are counted, not agreed on: a save must not wait for the slowest rank.
+        # Names of writes are counted, not agreed on: that must not make a save wait for the slowest rank. It does wait
+        # where whole tensors are brought together: those of `beside`, and at the first save frozen weights.
         self._nonce = str(self.world.broadcast(secrets.token_hex(4)))
         self._writes = 0
         self._host = HostCopy(fragments, ema)
@@ -140,7 +141,8 @@ class CheckpointWriter:
         return list(self._host.buffers.values())
 
     def _whole_tensors(self) -> dict[str, Tensors]:
-        """Rank 0: the files that are not cut into fragments, by name; those without tensors are left out."""
+        """Rank 0: the files that are not cut into fragments, by name; those without tensors are left out. Collective
+        where there are files `beside`, and with frozen weights the first time."""
         files = {EXTRA_FILE: self._module_extras(), **{name: tensors() for name, tensors in self.beside.items()}}
         return {name: tensors for name, tensors in files.items() if tensors and self.world.is_main}
 

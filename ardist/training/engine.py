@@ -141,7 +141,10 @@ class Engine:
 
     def step(self, lr: float, veto: torch.Tensor | bool = False) -> StepOutcome:
         """Update the weights after the last micro-batch, unless the gradient is not finite on any rank, or is a spike
-        and spikes are skipped, or there is a `veto` on every rank (heard under the device guard only)."""
+        and spikes are skipped, or there is a `veto` on every rank. Only the device guard can obey one: without it a
+        veto is refused by `ValueError`, before anything is changed."""
+        if self.guard is None and veto is not False:
+            raise ValueError("Engine.step: a veto needs training.guard: device; DeepSpeed's own check knows none")
         for group in self.deepspeed.basic_optimizer.param_groups:
             group["lr"] = lr
         if self.guard is not None:

@@ -34,6 +34,7 @@ class RunDirectory:
         self.metrics = self.path / "metrics.jsonl"
         self.summary = self.path / "summary.json"
         self.skipped_steps = self.path / "skipped_steps.jsonl"
+        self.rollback = self.path / "rollback.json"
         self._lock: IO[str] | None = None
 
     def make(self) -> None:

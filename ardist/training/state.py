@@ -15,7 +15,7 @@ from ardist.events import events
 from ardist.models.weights import CONFIG_FILE
 from ardist.storage import is_remote
 from ardist.training import commit as commits
-from ardist.training import resume
+from ardist.training import resume, rollbacks
 from ardist.training.checkpoint import Snapshot
 from ardist.training.initial import bundle_weights, fill
 from ardist.training.object_store import ObjectStore, staging_folder
@@ -32,14 +32,17 @@ _log = logging.getLogger("ardist.training")
 @dataclass
 class History:
     """Totals over all sessions of a run. Useful time is that of steps which are part of the result; samples are those
-    of all steps, the skipped ones too; for blocked seconds the loop stood still for a checkpoint. `went_back_from`: the
-    step from which the run last returned to a checkpoint; `good_steps_since`: steps made behind it."""
+    of all steps, the skipped ones too; for blocked seconds the loop stood still for a checkpoint. `skipped_in_row`:
+    steps skipped one after another up to the present one; `went_back_from`: the step from which the run last returned
+    to a checkpoint; `good_steps_since`: steps made behind it; `rollbacks`: how often it returned."""
 
     skipped_steps: int = 0
     samples: int = 0
     useful_seconds: float = 0.0
     blocked_seconds: float = 0.0
     sessions: int = 1
+    skipped_in_row: int = 0
+    rollbacks: int = 0
     went_back_from: int | None = None
     good_steps_since: int = 0
     earlier_seconds: float = 0.0
@@ -59,6 +62,8 @@ class History:
             "blocked_seconds": self.blocked_seconds,
             "wall_seconds": self.wall_seconds(),
             "sessions": self.sessions,
+            "skipped_in_row": self.skipped_in_row,
+            "rollbacks": self.rollbacks,
             "went_back_from": self.went_back_from,
             "good_steps_since": self.good_steps_since,
             "events": dict(Counter(self.earlier_events) + Counter(events.snapshot())),
@@ -72,6 +77,8 @@ class History:
     def went_back(self, step: int) -> None:
         """The run returned from step `step` to a checkpoint."""
         self.went_back_from, self.good_steps_since = step, 0
+        self.skipped_in_row = 0
+        self.rollbacks += 1
 
     def continue_from(self, saved: Mapping[str, Any]) -> None:
         """Add to the totals of an earlier session."""
@@ -79,7 +86,10 @@ class History:
         self.useful_seconds = float(saved["useful_seconds"])
         self.blocked_seconds = float(saved.get("blocked_seconds", 0.0))  # not counted by older versions
         self.sessions = int(saved["sessions"]) + 1
-        self.went_back_from = saved.get("went_back_from")  # not known to older versions
+        # Older versions did not know of these.
+        self.skipped_in_row = int(saved.get("skipped_in_row", 0))
+        self.rollbacks = int(saved.get("rollbacks", 0))
+        self.went_back_from = saved.get("went_back_from")
         self.good_steps_since = int(saved.get("good_steps_since", 0))
         self.earlier_seconds = float(saved["wall_seconds"])
         self.earlier_events = dict(saved["events"])
@@ -115,10 +125,12 @@ def resume_or_begin(trainer: Trainer) -> None:
         if problems:
             raise ConfigError("\n".join(problems))
         _restore(trainer, path, commit)
-        trainer.history.continue_from(commit.state["history"])
+        trainer.history.continue_from(rollbacks.newer(trainer.run.rollback, commit.state["history"], trainer.world))
         if trainer.world.is_main:
             _say_resumed(trainer, path, commit)
         return
+    if trainer.world.is_main:
+        rollbacks.forget(trainer.run.rollback)
     source = trainer.config.init_from
     if source is not None and (Path(source).expanduser() / CONFIG_FILE).is_file():
         _init_from_bundle(trainer, Path(source).expanduser())
@@ -129,7 +141,11 @@ def resume_or_begin(trainer: Trainer) -> None:
 
 
 def roll_back(trainer: Trainer) -> bool:
-    """Return to the newest good checkpoint, data position included; False when there is none (collective)."""
+    """Return to the newest good checkpoint, data position included; False when there is none (collective).
+
+    That the run went back is in its directory before anything else happens: a run that is killed before its next
+    checkpoint knows of it too.
+    """
     trainer.writer.wait()
     found = resume.find(trainer.store, trainer.world)
     if found is None:
@@ -137,6 +153,8 @@ def roll_back(trainer: Trainer) -> bool:
     if trainer.world.is_main:
         events.count("training.rollback", from_step=trainer.step, to_step=found[1].step)
     trainer.history.went_back(trainer.step)
+    if trainer.world.is_main:
+        rollbacks.record(trainer.run.rollback, trainer.history.as_dict())
     _restore(trainer, *found)
     trainer.window = Window(trainer.window.longest)
     trainer.history.useful_seconds = float(found[1].state["history"]["useful_seconds"])

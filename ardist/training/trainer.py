@@ -248,6 +248,19 @@ class Trainer:
         heartbeat.stepped(self.step)
         fault.point("trainer.after_step")
 
+    @property
+    def checkpoint_due(self) -> bool:
+        """Whether a checkpoint is taken in the background after this step; the last one of the process is another."""
+        return self.step % self.config.checkpoint.every == 0 and self.step < self.total_steps
+
+    @property
+    def outcomes_due(self) -> bool:
+        """Whether the host reads what became of the steps: at log points, before every checkpoint, which holds their
+        number, and where it knows of a skip without a wait for the device."""
+        logged = self.step % self.config.training.log_every == 0
+        last = self.stopping or self.step >= self.total_steps
+        return logged or self.checkpoint_due or last or self.outcome.skipped is True
+
     def stop_after_reached(self) -> bool:
         """True when ``training.stop_after`` asks for an end here."""
         after = self.config.training.stop_after
@@ -273,10 +286,14 @@ class Trainer:
 
 
 def built_in_callbacks(config: TrainConfig) -> list[Callback]:
-    """Everything that is not the step, in its order: what is counted is logged after it, what is logged is saved."""
+    """Everything that is not the step, in its order: what is counted is logged after it, what is logged is saved.
+
+    `SkippedSteps` may go back to a checkpoint: what that would make forgotten is read before it.
+    """
     autoencoder = config.task == "ar_vae"
     callbacks: list[tuple[bool, Callback]] = [
         (config.debug.log_sample_ids, SampleLog()),
+        (autoencoder, DiscriminatorSkips()),
         (True, SkippedSteps()),
         (config.debug.replica_check_every > 0, ReplicaCheck()),
         (True, Stragglers()),
@@ -287,7 +304,6 @@ def built_in_callbacks(config: TrainConfig) -> list[Callback]:
         (config.samples.every is not None, SampledVideos()),
         (autoencoder and config.validation.path is not None, Reconstructions()),
         (autoencoder, LatentCheck()),
-        (autoencoder, DiscriminatorSkips()),
         (config.debug.profile_step is not None, Profiler()),
         (True, Checkpoints()),
     ]

@@ -15,6 +15,7 @@ from tiny import settings, tiny_config, write_latents, write_pixels
 from ardist.config import TrainConfig
 from ardist.data.manifest import load_manifest
 from ardist.errors import ArdistError
+from ardist.models.ar_vae.discriminator import PatchDiscriminator
 from ardist.models.denoiser import Denoiser
 from ardist.models.flops import denoiser_flops
 from ardist.plan import autoencoder
@@ -217,6 +218,23 @@ def test_the_passes_of_an_autoencoder_need_what_is_said_without_making_them(
         )
         # Kernels of a CPU keep scratch tensors of their own.
         assert list(planned) == pytest.approx(list(needed), rel=0.1)
+
+
+def test_the_discriminators_backward_pass_goes_as_far_as_in_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To the frames, which DeepSpeed cannot be told to leave out: once for each of the two losses."""
+    reached = []
+
+    class Judge(PatchDiscriminator):
+        def forward(self, frames: torch.Tensor) -> torch.Tensor:
+            if frames.requires_grad:
+                frames.register_hook(lambda gradient: reached.append(gradient.shape))
+            return super().forward(frames)
+
+    monkeypatch.setattr(autoencoder, "PatchDiscriminator", Judge)
+    autoencoder.peak_bytes(ar_vae_config(tmp_path / "run", tmp_path / "pixels"), 3, (32, 32), 1, "none")
+    assert reached == [(1, 3, 3, 32, 32)] * 2
 
 
 def test_memory_of_an_autoencoder_by_stage_of_training(tmp_path: Path) -> None:

@@ -41,7 +41,9 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("stage", [0, 1, 2])
 def test_steps_are_those_of_two_plain_optimisers(data: Path, stage: int) -> None:
     """Losses of both sides, the adaptive weight by autograd at the weights themselves, both AdamW updates."""
+    decay = 5.0  # so large that it shows who decays
     changes = {"training__micro_batch_size": 8, "optimizer__grad_clip": 0.0, "training__zero_stage": stage}
+    changes |= {"optimizer__weight_decay": decay}
     config = ar_vae_config(data, data, augmentation={"flip": False}, **changes)
     adversary = Adversary(config, ALONE)
     objective = AutoencoderObjective(config, load_manifest(str(data)), ALONE.device, adversary)
@@ -53,7 +55,10 @@ def test_steps_are_those_of_two_plain_optimisers(data: Path, stage: int) -> None
     betas = {"betas": config.optimizer.betas, "eps": config.optimizer.eps, "weight_decay": 1e-4}
     ours = torch.optim.AdamW(model.parameters(), lr=1e-3, **betas)
     generators = torch.optim.AdamW(reference.parameters(), lr=1e-3, **betas)
-    judges = torch.optim.AdamW(judge.parameters(), lr=1e-3, **betas)
+    kernels = [p for p in judge.parameters() if p.ndim == 4]
+    others = [p for p in judge.parameters() if p.ndim == 1]  # biases, and weights of norms
+    groups = [{"params": kernels, "weight_decay": decay}, {"params": others, "weight_decay": 0.0}]
+    judges = torch.optim.AdamW(groups, lr=1e-3, **betas)
     batch = read_samples(data)
     frames = batch.values.permute(0, 1, 4, 2, 3).float() / 255
     weight = torch.zeros(())
@@ -99,7 +104,9 @@ def test_the_discriminators_gradient_is_clipped_and_its_rate_is_its_own(data: Pa
     frames = read_samples(data).values.permute(0, 1, 4, 2, 3).float() / 255
     before = [p.detach().clone() for p in adversary.model.parameters()]
     adversary.begin(0)
-    adversary.judge((frames * 0.5).requires_grad_(), frames)
+    shown = (frames * 0.5).requires_grad_()
+    adversary.judge(shown, frames)
+    assert shown.grad is None, "what the discriminator learns is no gradient of the autoencoder's"
     adversary.compare(torch.ones(3, 2, 3, 3), torch.ones(3, 2, 3, 3))
     adversary.step(1e-3, False)
     groups = adversary.engine.deepspeed.basic_optimizer.param_groups
@@ -125,6 +132,33 @@ def test_micro_batches_add_up_to_the_batch(data: Path) -> None:
     for name, value in states[0].items():
         if name.startswith("exp_avg."):
             torch.testing.assert_close(states[1][name], value, rtol=1e-3, atol=1e-7)
+
+
+def test_back_at_a_checkpoint_without_a_discriminator_it_is_new(data: Path) -> None:
+    config = ar_vae_config(data, data, training__micro_batch_size=8)
+    frames = read_samples(data).values.permute(0, 1, 4, 2, 3).float() / 255
+    adversary = Adversary(config, ALONE)
+    beginning = adversary.state()
+
+    def learn() -> dict[str, Tensor]:
+        adversary.begin(0)
+        adversary.judge((frames * 0.5).requires_grad_(), frames)
+        adversary.compare(torch.ones(3, 2, 3, 3), torch.ones(3, 2, 3, 3))
+        adversary.step(1e-3, False)
+        adversary.skipped_alone += 1
+        return adversary.state()
+
+    learned = learn()
+    assert float(learned["adaptive_weight"]) > 0
+    adversary.restore(data, [])
+    again = adversary.state()
+    assert again.keys() == beginning.keys(), "no moments"
+    assert all(torch.equal(again[name], value) for name, value in beginning.items())
+    assert adversary.skips_told == 0
+    again = learn()
+    assert all(torch.equal(again[name], value) for name, value in learned.items()), "it learns as at the beginning"
+    adversary.load(learned, "there")
+    assert adversary.skips_told == 1, "a run that goes back has told what its checkpoint knows of"
 
 
 def test_another_discriminators_state_is_refused(data: Path) -> None:

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from tiny import tiny_config
 
+from ardist.errors import HardwareError
 from ardist.training.callbacks.metrics import console_line
-from ardist.training.callbacks.replicas import who_differs
+from ardist.training.callbacks.replicas import ReplicaCheck, checksums, who_differs
 from ardist.training.distributed import World, environment
 from ardist.training.ema import warmed_decay
-from ardist.training.engine import deepspeed_settings
+from ardist.training.engine import Engine, deepspeed_settings
 from ardist.training.parts import ema_kind
 from ardist.training.run_dir import append_line
 from ardist.training.throughput import Throughput, peak_flops
@@ -141,3 +143,29 @@ def test_only_a_majority_says_which_replica_is_wrong() -> None:
     assert who_differs([[9, 9], [1, 2], [9, 9], [1, 2]]) == (
         "the weights of rank 0, 2 and of rank 1, 3 differ, and no majority says which are right"
     )
+
+
+def test_with_zero_3_the_discriminators_are_replicas_all_the_same(tmp_path: Path) -> None:
+    judge = torch.nn.Linear(2, 2)
+    mine = checksums(judge)
+    trainer = SimpleNamespace(
+        config=tiny_config(tmp_path, tmp_path, training__zero_stage=3, debug__replica_check_every=2),
+        step=2,
+        engine=SimpleNamespace(module=torch.nn.Linear(3, 3)),
+        adversary=SimpleNamespace(model=judge),
+        writer=SimpleNamespace(last_saved=1),
+        world=SimpleNamespace(all_gather=lambda sums: [sums, mine, mine]),
+    )
+    ReplicaCheck().after_step(trainer)  # type: ignore[arg-type]  # the partitioned model is not compared
+    with torch.no_grad():
+        judge.weight[0, 0] += 1e-6
+    with pytest.raises(HardwareError, match="at step 2 the weights of rank 0 differ"):
+        ReplicaCheck().after_step(trainer)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("veto", [True, torch.zeros(())])
+def test_a_veto_that_nobody_would_obey_is_refused(veto: bool | torch.Tensor) -> None:
+    engine = object.__new__(Engine)
+    engine.guard = None
+    with pytest.raises(ValueError, match=r"a veto needs training.guard: device"):
+        engine.step(1e-3, veto=veto)

@@ -23,20 +23,14 @@ class LatentCheck(Callback):
 
 
 class DiscriminatorSkips(Callback):
-    """Steps in which only the discriminator's gradient was not finite, read from the device at log points."""
-
-    def __init__(self) -> None:
-        self._known = 0
-
-    def on_start(self, trainer: Trainer) -> None:
-        if trainer.adversary is not None:
-            self._known = int(trainer.adversary.skipped_alone)
+    """Steps in which only the discriminator's gradient was not finite, read from the device where the autoencoder's
+    outcomes are: at log points, before a checkpoint is saved and before the run goes back to one."""
 
     def after_step(self, trainer: Trainer) -> None:
-        due = trainer.step % trainer.config.training.log_every == 0 or trainer.step == trainer.total_steps
-        if trainer.adversary is None or not (due or trainer.stopping):
+        adversary = trainer.adversary
+        if adversary is None or not trainer.outcomes_due:
             return
-        now = int(trainer.adversary.skipped_alone)
-        for _ in range(now - self._known if trainer.world.is_main else 0):  # equal on all ranks
+        now = int(adversary.skipped_alone)
+        for _ in range(now - adversary.skips_told if trainer.world.is_main else 0):  # equal on all ranks
             events.count("training.skipped_discriminator_step", up_to_step=trainer.step)
-        self._known = now
+        adversary.skips_told = now

@@ -23,8 +23,7 @@ class Checkpoints(Callback):
     """Every ``checkpoint.every`` steps in the background, and at the end of the process until it is on disk."""
 
     def after_step(self, trainer: Trainer) -> None:
-        due = trainer.step % trainer.config.checkpoint.every == 0 and trainer.step < trainer.total_steps
-        if due and trainer.writer.last_saved != trainer.step:
+        if trainer.checkpoint_due and trainer.writer.last_saved != trainer.step:
             with trainer.outside_of_training():
                 with self._standing_still(trainer):
                     trainer.writer.save(snapshot(trainer))

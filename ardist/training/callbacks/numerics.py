@@ -38,7 +38,8 @@ class SkippedSteps(Callback):
     """Follows which steps were skipped, because loss or gradient was not finite on some rank or the gradient norm was
     a spike, and which spikes were only to be counted.
 
-    A skip that DeepSpeed decided is known at once; what the device decided is read at the next log point. After
+    A skip that DeepSpeed decided is known at once; what the device decided is read at the next log point, and before a
+    checkpoint, so that whoever continues from it knows of all steps before it. After
     ``training.max_skipped_in_row`` skips in a row the run goes back to its last checkpoint. Where that did not help, or
     it happens again before ``training.good_steps_to_go_back_again`` steps were made behind the place, the run ends. All
     of this is the same on every rank, and part of a checkpoint. In fp16 an overflow does not count as a skip in a row
@@ -47,7 +48,6 @@ class SkippedSteps(Callback):
 
     def __init__(self) -> None:
         self._open: list[_Step] = []
-        self._in_row = 0
 
     def after_step(self, trainer: Trainer) -> None:
         self._open.append(
@@ -60,21 +60,21 @@ class SkippedSteps(Callback):
                 torch.stack(trainer.losses).mean(),
             )
         )
-        due = trainer.step % trainer.config.training.log_every == 0 or trainer.step == trainer.total_steps
-        if trainer.outcome.skipped is True or due or trainer.stopping:
+        if trainer.outcomes_due:
             self._read(trainer)
 
     def _read(self, trainer: Trainer) -> None:
+        history = trainer.history
         skips = _values([step.outcome.skipped for step in self._open])
         spikes = _values([step.outcome.spike for step in self._open])
         for step, skipped, spike in zip(self._open, skips, spikes, strict=True):
             answered = (skipped or spike) and self._report(trainer, step, skipped, spike)
             if not answered:
-                self._in_row = self._in_row + 1 if skipped else 0
+                history.skipped_in_row = history.skipped_in_row + 1 if skipped else 0
             if not skipped:
-                trainer.history.made_good_step(step.step)
+                history.made_good_step(step.step)
         self._open.clear()
-        if self._in_row >= trainer.config.training.max_skipped_in_row:
+        if history.skipped_in_row >= trainer.config.training.max_skipped_in_row:
             self._give_up(trainer)
 
     def _report(self, trainer: Trainer, step: _Step, skipped: bool, spike: bool) -> bool:
@@ -114,8 +114,8 @@ class SkippedSteps(Callback):
         return answered
 
     def _give_up(self, trainer: Trainer) -> None:
-        count, self._in_row = self._in_row, 0
         history, needed = trainer.history, trainer.config.training.good_steps_to_go_back_again
+        count, history.skipped_in_row = history.skipped_in_row, 0
         again = history.went_back_from is not None
         if not (again and history.good_steps_since < needed) and roll_back(trainer):
             return

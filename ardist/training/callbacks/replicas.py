@@ -15,14 +15,15 @@ if TYPE_CHECKING:
 
 
 class ReplicaCheck(Callback):
-    """Every ``debug.replica_check_every`` steps; with ZeRO-3 there are no replicas and nothing is compared."""
+    """Every ``debug.replica_check_every`` steps: the model, of which ZeRO-3 has no replicas, and the discriminator,
+    which is whole on every rank at every stage."""
 
     def after_step(self, trainer: Trainer) -> None:
         every = trainer.config.debug.replica_check_every
-        if every and trainer.step % every == 0 and trainer.config.training.zero_stage < 3:
-            sums = checksums(trainer.engine.module)
-            if trainer.adversary is not None:
-                sums += checksums(trainer.adversary.model)
+        replicated = [] if trainer.config.training.zero_stage == 3 else [trainer.engine.module]
+        replicated += [] if trainer.adversary is None else [trainer.adversary.model]
+        if every and trainer.step % every == 0 and replicated:
+            sums = [number for module in replicated for number in checksums(module)]
             everyone = trainer.world.all_gather(sums)
             who = who_differs(everyone)
             if who is not None:
