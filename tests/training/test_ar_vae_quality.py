@@ -18,6 +18,7 @@ def test_both_stages_are_trained_by_the_interpreter_that_judges_them(
     assert specification is not None
     assert specification.loader is not None
     benchmark = importlib.util.module_from_spec(specification)
+    monkeypatch.setitem(sys.modules, specification.name, benchmark)
     specification.loader.exec_module(benchmark)
     calls: list[tuple[list[str], dict[str, Any]]] = []
     monkeypatch.setattr(benchmark.subprocess, "run", lambda words, **options: calls.append((words, options)))
