@@ -299,6 +299,19 @@ def test_a_run_goes_back_again_when_it_got_further_since(
             assert "gone back from step 6 already, 1 good steps behind it" in outcome.value
 
 
+def test_a_run_killed_after_it_went_back_does_not_go_back_again(tmp_path: Path, data: Path) -> None:
+    """Its checkpoints are all from before it did."""
+    config = config_of(tmp_path, data, training__max_skipped_in_row=2, checkpoint__asynchronous=False)
+    # Steps 5 and 6 are bad, back to step 3, killed in the repetition of step 5.
+    bad = ";".join(f"value@trainer.loss/0#{number}:nan" for number in range(9, 13))
+    outcomes = Ranks(train_outcome, 2, config, env={"ARDIST_FAULT": f"{bad};kill@trainer.batch/0#8"}).wait()
+    assert outcomes[0].exit_code == -9
+    bad = ";".join(f"value@trainer.loss/0#{number}:nan" for number in range(1, 9))
+    for outcome in Ranks(train_outcome, 2, config, env={"ARDIST_FAULT": bad}).wait():
+        assert outcome.value.startswith("TrainingDivergedError: 2 steps in a row up to step 5"), outcome
+        assert "gone back from step 6 already, 0 good steps behind it" in outcome.value
+
+
 SPIKES = {"training__spike_window": 3, "training__spike_sigmas": 30.0}
 
 
