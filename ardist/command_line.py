@@ -16,6 +16,9 @@ from ardist.errors import ArdistError, HardwareError
 
 INTERRUPTED = 130
 
+_SHOWN = 200
+"""Characters of a text that cannot be written, around where it cannot."""
+
 
 def run(app: typer.Typer, program: str, arguments: Sequence[str] | None = None) -> int:
     """Run a typer application and return its exit code.
@@ -57,10 +60,15 @@ def run(app: typer.Typer, program: str, arguments: Sequence[str] | None = None) 
 def _unnameable(error: UnicodeEncodeError) -> str:
     """What to do about text that an encoding has no bytes for: under a locale other than UTF-8, about the locale."""
     encoding = sys.getfilesystemencoding()
+    low = max(0, error.start - _SHOWN // 2)
+    high = low + _SHOWN
+    shown = "…" * (low > 0) + repr(error.object[low:high]) + "…" * (high < len(error.object))
     if encoding == "utf-8":
-        return f"{error.object!r} is no valid UTF-8; rename the file"
+        if "\udc80" <= error.object[error.start] <= "\udcff":  # what Python makes of a byte that is none of UTF-8
+            return f"{shown} is no valid UTF-8; where it names a file, rename that file"
+        return f"{shown} holds half a surrogate pair, which is no valid UTF-8; legal: text"
     return (
-        f"{error.object!r} cannot be named or written where names of files are encoded in {encoding}; "
+        f"{shown} cannot be named or written where names of files are encoded in {encoding}; "
         "set LC_ALL=C.UTF-8 or PYTHONUTF8=1"
     )
 

@@ -24,7 +24,7 @@ from data_tools import layout
 from data_tools.plan import Plan
 from data_tools.reasons import quarantine_line
 from data_tools.shard import read_commit
-from data_tools.staging import staging_folder
+from data_tools.staging import staging_folder, writing
 
 _log = logging.getLogger("data_tools.finalize")
 
@@ -60,14 +60,17 @@ class Folded:
 
 
 def finalize(out: Storage, plan: Plan) -> Folded:
-    """Write quarantine.jsonl and then manifest.json; raises `DataError` while a shard is not committed."""
+    """Write quarantine.jsonl and then manifest.json.
+
+    Raises `DataError` while a shard is not committed, `StorageError` for a disk without room.
+    """
     holes = missing_commits(out, plan)
     if holes:
         shown = ", ".join(map(str, holes[:10])) + (", …" if len(holes) > 10 else "")
         raise DataError(f"{len(holes)} of {plan.num_shards} shards are not committed: {shown}; run build again")
     # The folder is gone before there is a manifest: of a finished dataset nobody looks for what a kill left behind.
     with staging_folder(out) as staging:
-        with (staging / layout.QUARANTINE).open("wb") as file:
+        with writing(layout.QUARANTINE, out), (staging / layout.QUARANTINE).open("wb") as file:
             folded = fold(out, plan, file.write)
         out.put(layout.QUARANTINE, staging / layout.QUARANTINE)
     fault.point("build.after_quarantine")

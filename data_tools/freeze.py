@@ -6,8 +6,8 @@ import contextlib
 import datetime
 import functools
 import importlib.metadata
+import logging
 import os
-import sqlite3
 import subprocess
 import tempfile
 import time
@@ -20,7 +20,7 @@ from pathlib import Path
 from ardist import fault
 from ardist.errors import DataError
 from ardist.media import ffmpeg_binary
-from ardist.storage import MissingObjectError, Storage, StorageError
+from ardist.storage import MissingObjectError, Storage
 from data_tools import layout
 from data_tools.claim import Claim
 from data_tools.draft import Draft
@@ -37,6 +37,9 @@ from data_tools.probe_pool import probe_all
 from data_tools.probed import Source, parse_sources, source_lines
 from data_tools.reasons import Reason, Refusal
 from data_tools.sources import Listed, SourceRoot
+from data_tools.staging import writing
+
+_log = logging.getLogger("data_tools.freeze")
 
 _EXPLAINED = {
     Reason.VANISHED: "gone when it was listed (a broken link?)",
@@ -98,16 +101,21 @@ class Freezer:
         """Return when a plan stands, whoever wrote it."""
         freeze_listing(self.out, self.claim)
         with tempfile.TemporaryDirectory(dir=self.staging, prefix="plan-") as folder:
-            with _told(self.staging):
+            with writing(f"a copy of {layout.LISTING}", self.out):
                 listing = Listing.read(self.out, Path(folder) / "listing")
             self._probe_all(listing, leases)
+            waiting = False
             while not self.out.exists(layout.PLAN):
                 lease = leases.take("plan")
                 if lease is None:
+                    if not waiting:
+                        _log.info("waiting for another builder, which makes the plan")
+                    waiting = True
                     time.sleep(self.pace.poll_seconds)
                     continue
-                with lease, _told(self.staging):
+                with lease:
                     if not self.out.exists(layout.PLAN):
+                        _log.info("making the plan of %d videos", listing.count)
                         judged = self._judged(listing)
                         write_plan(self.out, judged, self.claim.parameters, listing.root.address, Path(folder))
 
@@ -232,29 +240,29 @@ def write_plan(out: Storage, sources: Iterable[Source], parameters: BuildParamet
     """Make the plan of probed sources, unless one stands by then; `folder` is private and holds it meanwhile.
 
     First the rows, then the header that makes them the plan: whatever dies in between, the next writer of the same
-    sources writes the same bytes under the same name.
+    sources writes the same bytes under the same name. A disk without room for the draft is a `StorageError`.
     """
     rows = folder / "rows"
-    with contextlib.closing(Draft(folder, parameters)) as draft, rows.open("xb") as file:
+    with writing("the plan", out), contextlib.closing(Draft(folder, parameters)) as draft, rows.open("xb") as file:
         for source in sources:
             draft.add(source)
         writer = RowsWriter(file, parameters.samples_per_shard)
         draft.write(writer)
-        header = Header(
-            parameters=parameters,
-            tools=tool_versions(parameters),
-            created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-            root=root,
-            num_clips=writer.num_clips,
-            num_videos=draft.num_videos,
-            reasons=dict(sorted(draft.reasons.items())),
-            readable=tuple(draft.readable),
-            rows_name=writer.name,
-            rows_bytes=writer.num_bytes,
-            pages=tuple(writer.pages),
-            refused=writer.refused,
-            classes=writer.classes,
-        )
+    header = Header(
+        parameters=parameters,
+        tools=tool_versions(parameters),
+        created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        root=root,
+        num_clips=writer.num_clips,
+        num_videos=draft.num_videos,
+        reasons=dict(sorted(draft.reasons.items())),
+        readable=tuple(draft.readable),
+        rows_name=writer.name,
+        rows_bytes=writer.num_bytes,
+        pages=tuple(writer.pages),
+        refused=writer.refused,
+        classes=writer.classes,
+    )
     fault.point("build.before_rows")
     out.put(header.rows_name, rows, move=True)
     fault.point("build.before_plan")
@@ -263,15 +271,3 @@ def write_plan(out: Storage, sources: Iterable[Source], parameters: BuildParamet
         if standing is not None and standing.header.rows_name != header.rows_name:
             out.delete(header.rows_name)
     fault.point("build.after_plan")
-
-
-@contextlib.contextmanager
-def _told(folder: Path) -> Iterator[None]:
-    """A disk without room for the draft of a plan is one message of ours."""
-    try:
-        yield
-    except (OSError, sqlite3.OperationalError) as error:
-        raise StorageError(
-            f"cannot write the plan in {folder}: {error}; make room there, or name another folder in TMPDIR, "
-            "and run build again"
-        ) from error

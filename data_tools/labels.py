@@ -36,14 +36,16 @@ class Labels:
     digest: str
 
     def of(self, name: str) -> Label:
-        """The label of a video; raises `Refusal` when the file does not mention it or its caption is unusable."""
+        """The label of a video; raises `Refusal` when the file does not mention it or its words are unusable."""
         label = self.by_name.get(name)
         if label is None:
             raise Refusal(Reason.LABEL, "the labels file does not mention this video")
+        if label.class_name is not None and not _is_text(label.class_name):
+            raise Refusal(Reason.LABEL, "the class name is no text: UTF-8 has no bytes for it")
         if label.caption is not None:
             if len(label.caption) > MAX_CAPTION:
                 raise Refusal(Reason.CAPTION, f"the caption has {len(label.caption)} characters; legal: {MAX_CAPTION}")
-            if not label.caption.strip() or "\ufffd" in label.caption:
+            if not label.caption.strip() or "\ufffd" in label.caption or not _is_text(label.caption):
                 raise Refusal(Reason.CAPTION, "the caption is empty or not UTF-8 text")
         return label
 
@@ -74,6 +76,15 @@ def read_labels(address: str) -> Labels:
     return Labels(found, hashlib.sha256(data).hexdigest())
 
 
+def _is_text(words: str) -> bool:
+    """Whether they can be written: half a surrogate pair, which JSON can escape, has no bytes."""
+    try:
+        words.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def _pick(row: Mapping[str, Any], names: Iterable[str]) -> str | None:
     for name in names:
         value = row.get(name)
@@ -83,7 +94,7 @@ def _pick(row: Mapping[str, Any], names: Iterable[str]) -> str | None:
 
 
 def _jsonl(text: str, address: str) -> Iterable[tuple[int, Mapping[str, Any]]]:
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(text.split("\n"), 1):  # other ends of lines may stand within a string of JSON
         if not line.strip():
             continue
         try:

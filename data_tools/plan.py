@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 from fractions import Fraction
 
 from ardist.data.sample import sample_key
-from ardist.errors import DataError
+from ardist.errors import ArdistError, DataError
 from ardist.storage import MissingObjectError, Storage
 from data_tools import layout
 from data_tools.parameters import BuildParameters
@@ -78,7 +78,7 @@ class Plan:
         lines, last = self._read(f"the rows of shard {shard}", at, videos, places)
         clips: list[Clip] = []
         row = shard * self.parameters.samples_per_shard
-        for line, (size, version) in zip(lines.decode().splitlines(), json.loads(last), strict=True):
+        for line, (size, version) in zip(lines.split(b"\n")[:-1], json.loads(last), strict=True):
             fields = json.loads(line)
             facts = VideoFacts.from_json(fields["facts"])
             video = Video(fields["name"], size, version, facts, fields["class"], fields["caption"])
@@ -113,25 +113,25 @@ class Plan:
             raise self._missing() from None
         self._check(what, at, count, expected, found.hexdigest())
 
-    def damage(self) -> Iterator[DataError]:
-        """Everything in the rows that is not what was frozen: reads them all, a shard at a time."""
+    def damage(self) -> Iterator[ArdistError]:
+        """Everything in the rows that is not what was frozen or cannot be read: reads them all, a shard at a time."""
         checks: list[Callable[[], object]] = [self._check_size, self.classes]
         checks.append(lambda: self.stream_refused(lambda piece: None))
         for number in range(len(self.header.pages)):
             try:
                 shards = self._shards(number)
-            except DataError as error:
+            except ArdistError as error:
                 yield error
                 continue
             for position, (at, videos, places) in enumerate(shards):
                 try:
                     self._read(f"the rows of shard {number * PAGE + position}", at, videos, places)
-                except DataError as error:
+                except ArdistError as error:
                     yield error
         for check in checks:
             try:
                 check()
-            except DataError as error:
+            except ArdistError as error:
                 yield error
 
     def _check_size(self) -> None:

@@ -1,4 +1,4 @@
-"""The header of a frozen plan: ``plan.json``, small whatever the plan holds, sealed, and bound to the plan's digest."""
+"""The header of a frozen plan: ``plan.json``, a page entry for every 1,024 shards, sealed, and bound to the plan's digest."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class Page:
 
 @dataclass(frozen=True)
 class Header:
-    """``plan.json``: everything about a plan but its rows. Its size does not grow with the videos.
+    """``plan.json``: everything about a plan but its rows. Of these it grows only by a page for every 1,024 shards.
 
     `root` is where the videos' names lead, `created` when the plan was frozen, `readable` a few names that could be
     read once; like the places in the rows, none of them is part of the digest.

@@ -58,4 +58,4 @@ def source_lines(sources: Iterable[Source]) -> bytes:
 
 def parse_sources(data: bytes) -> list[Source]:
     """The inverse of `source_lines`."""
-    return [Source.parse(line) for line in data.decode().splitlines()]
+    return [Source.parse(line) for line in data.decode().split("\n")[:-1]]

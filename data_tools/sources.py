@@ -149,11 +149,13 @@ def local_version(found: os.stat_result) -> str:
 def _list_file(path: str) -> tuple[SourceRoot, list[Listed]]:
     """A text file with one path per line, relative to the file's folder or absolute; # begins a comment."""
     try:
-        text = Path(path).read_text(encoding="utf-8", errors="surrogateescape")
+        data = Path(path).read_bytes()
     except OSError as error:
         raise ConfigError(f"the list {path!r} cannot be read: {error.strerror}") from None
     root = os.path.dirname(path)
-    names = {os.path.relpath(os.path.join(root, line), root) for line in text.splitlines() if line and line[0] != "#"}
+    # Names may hold anything else that ends a line of text.
+    lines = (line.removesuffix("\r") for line in data.decode("utf-8", "surrogateescape").split("\n"))
+    names = {os.path.relpath(os.path.join(root, line), root) for line in lines if line and line[0] != "#"}
     return SourceRoot(root), [_look(root, name) for name in sorted(names)]
 
 

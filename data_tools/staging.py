@@ -6,12 +6,13 @@ import contextlib
 import fcntl
 import os
 import shutil
+import sqlite3
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 from ardist.events import events
-from ardist.storage import LocalStorage, Storage
+from ardist.storage import LocalStorage, Storage, StorageError
 from ardist.storage.local import TEMPORARY
 
 STAGING = f"{TEMPORARY}build-"
@@ -24,7 +25,7 @@ def staging_folder(storage: Storage) -> Iterator[Path]:
 
     Folders of builders that died are removed on the way: nobody holds their lock any more.
     """
-    parent = storage.root if isinstance(storage, LocalStorage) else Path(tempfile.gettempdir())
+    parent = _parent(storage)
     for folder in parent.glob(f"{STAGING}*"):
         if not is_locked(folder):
             shutil.rmtree(folder, ignore_errors=True)
@@ -39,6 +40,23 @@ def staging_folder(storage: Storage) -> Iterator[Path]:
     finally:
         shutil.rmtree(folder, ignore_errors=True)
         os.close(descriptor)
+
+
+@contextlib.contextmanager
+def writing(what: str, storage: Storage) -> Iterator[None]:
+    """While `what` is written in a staging folder: a full or broken disk is one `StorageError` that names the place."""
+    try:
+        yield
+    except (OSError, sqlite3.OperationalError) as error:
+        reason = (error.strerror if isinstance(error, OSError) else None) or error
+        elsewhere = "" if isinstance(storage, LocalStorage) else ", or name another folder in TMPDIR,"
+        raise StorageError(
+            f"cannot write {what} in {_parent(storage)}: {reason}; make room there{elsewhere} and run build again"
+        ) from error
+
+
+def _parent(storage: Storage) -> Path:
+    return storage.root if isinstance(storage, LocalStorage) else Path(tempfile.gettempdir())
 
 
 def is_locked(folder: Path) -> bool:

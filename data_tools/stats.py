@@ -40,10 +40,10 @@ def statistics(url: str) -> Statistics:
     per_class = {names[number] if number >= 0 else "(none)": counts[number] for number in sorted(counts)}
     per_class = dict.fromkeys(names, 0) | per_class if names else {}
     try:
-        lines = storage.read(layout.QUARANTINE).decode().splitlines()
+        lines = storage.read(layout.QUARANTINE).split(b"\n")  # names may hold what else ends a line of text
     except MissingObjectError:
         lines = []
-    refused = Counter(str(json.loads(line)["reason"]) for line in lines)
+    refused = Counter(str(json.loads(line)["reason"]) for line in lines if line)
     return Statistics(manifest, per_class, [shard.n for shard in manifest.shards], dict(sorted(refused.items())))
 
 

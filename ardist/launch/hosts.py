@@ -22,7 +22,7 @@ def read_hostfile(path: str | Path, num_nodes: int | None = None) -> tuple[Host,
     Raises `ConfigError` with every bad line: unknown form, no slots, a machine named twice.
     """
     try:
-        lines = Path(path).expanduser().read_text(encoding="utf-8").splitlines()
+        lines = Path(path).expanduser().read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"cannot read the hostfile {str(path)!r}: {error}") from None
     hosts: list[Host] = []

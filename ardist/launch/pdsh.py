@@ -160,7 +160,7 @@ def handed_on() -> dict[str, str]:
 
 
 def _answer(name: str, output: bytes) -> dict[str, Any] | None:
-    for line in output.decode(errors="replace").splitlines():
+    for line in output.decode(errors="replace").split("\n"):
         if line.startswith(f"{name}: {{"):
             try:
                 answer = json.loads(line.partition(": ")[2])

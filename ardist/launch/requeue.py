@@ -27,7 +27,7 @@ def may_requeue(config: TrainConfig) -> bool:
         if newest is None:
             return False
         path = run_dir / FILE
-        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+        lines = path.read_text(encoding="utf-8").split("\n") if path.exists() else []
         before = [json.loads(line)["step"] for line in lines if line]
         if before.count(newest) >= config.launch.max_restarts:
             return False

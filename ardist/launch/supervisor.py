@@ -203,7 +203,7 @@ class Supervisor:
                 return 128 + number
             for node in nodes:
                 node.send_signal(number)
-            _log.info("%s was passed on: the ranks finish their step, save and end", signal.Signals(number).name)
+            _log.info("%s was passed on", signal.Signals(number).name)
         return None
 
     def _note_steps(self, attempt: Attempt, beats: Sequence[Any], ranks: int) -> None:

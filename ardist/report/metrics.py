@@ -24,7 +24,7 @@ def read_metrics(run_dir: Path) -> list[Record]:
     except UnicodeDecodeError as error:
         raise DataError(f"{str(path)!r} is damaged: {error}") from None
     latest: dict[tuple[str, int], Record] = {}
-    for number, line in enumerate(text[: text.rfind("\n") + 1].splitlines(), start=1):
+    for number, line in enumerate(text.split("\n")[:-1], start=1):
         try:
             record = json.loads(line)
             latest[(str(record.get("kind", "train")), int(record["step"]))] = record

@@ -41,7 +41,7 @@ def _append(run_dir: Path, record: Record) -> None:
 def read(run_dir: Path) -> list[Record]:
     """All records, oldest first; a line that a killed supervisor left unfinished is left out."""
     try:
-        lines = (run_dir / FILE).read_text(encoding="utf-8").splitlines()
+        lines = (run_dir / FILE).read_text(encoding="utf-8").split("\n")
     except FileNotFoundError:
         return []
     records = []
