@@ -7,7 +7,7 @@ MiB).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import NamedTuple
 
 from ardist.config import TrainConfig
@@ -26,7 +26,8 @@ LIVE_ELEMENTS = 1_000_000_000
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes per rank on the device; with offload some of them are on the host instead and not counted here.
+    """Bytes per rank on the device; with offload some of them are on the host instead and not counted here, unless the
+    device is the host.
 
     `gathered`: weights of other ranks during the passes. `reserved`: what is set apart for gradients before there are
     any. `gradients`: most of them at once, with what is reserved. `buffers`: what a reduction needs beside them.
@@ -44,6 +45,10 @@ class Memory:
     buffers: int
     update: int
     activations: int
+
+    def beside(self, other: Memory) -> Memory:
+        """With what another engine on the same device needs, as if both had their peaks at once."""
+        return Memory(**{field.name: getattr(self, field.name) + getattr(other, field.name) for field in fields(self)})
 
     @property
     def copies(self) -> int:
@@ -69,27 +74,29 @@ def memory_per_rank(
     *,
     stage: int | None = None,
     gloo: bool = False,
+    bucket: int = BUCKET_ELEMENTS,
 ) -> Memory:
     """Memory of a rank when `parameters` weights are trained on `world_size` ranks.
 
     ZeRO stage 1 divides the optimiser's state, stage 2 the gradients too, stage 3 the weights too; a sharded optimiser
     keeps an fp32 copy of its share of the weights also when these are fp32 themselves. `gloo`: the device is the host,
-    where the copies for checkpoints lie too, and where of a bucket only what is used takes memory.
+    where the copies for checkpoints lie too, and what is offloaded, and where of a bucket only what is used takes
+    memory. `bucket`: elements of a reduction bucket of ZeRO 1-3.
     """
     training = config.training
     stage = training.zero_stage if stage is None else stage
     element = 4 if training.precision == "fp32" else 2
     slice_ = -(-parameters // world_size)
     share = parameters if stage == 0 else slice_
-    offloaded = training.offload != "none"
+    offloaded = training.offload != "none" and not gloo  # where the device is the host nothing leaves it
     weights = element * (slice_ if stage == 3 else parameters)
     gathered = 0
     if stage == 3:
         # What is prefetched arrives in one tensor and is copied from there into the weights.
         gathered = element * (min(parameters, LIVE_ELEMENTS) + min(parameters, BUCKET_ELEMENTS))
-    gradients = _gradients(config, parameters, slice_, stage, world_size, gloo)
+    gradients = _gradients(config, parameters, slice_, stage, world_size, gloo, bucket)
     return Memory(
-        weights=0 if training.offload == "parameters" else weights,
+        weights=0 if offloaded and training.offload == "parameters" else weights,
         gathered=gathered,
         gradients=gradients.most,
         masters=0 if offloaded or (stage == 0 and element == 4) else 4 * share,
@@ -113,7 +120,7 @@ class _Gradients(NamedTuple):
 
 
 def _gradients(
-    config: TrainConfig, parameters: int, slice_: int, stage: int, world_size: int, gloo: bool
+    config: TrainConfig, parameters: int, slice_: int, stage: int, world_size: int, gloo: bool, set_apart: int
 ) -> _Gradients:
     """Gradients of each of DeepSpeed's optimisers; `slice_`: parameters of one rank."""
     training = config.training.model_copy(update={"zero_stage": stage})
@@ -130,10 +137,10 @@ def _gradients(
         sums = 4 * parameters
         most = sums + element * parameters
         return _Gradients(most, sums, (4 + element) * together, most)
-    bucket = min(parameters, BUCKET_ELEMENTS)
+    bucket = min(parameters, set_apart)
     if stage == 3:
         kept = 4 if sums_in_fp32 else element
-        reserved = kept * slice_ + element * (bucket if gloo else BUCKET_ELEMENTS)
+        reserved = kept * slice_ + element * (bucket if gloo else set_apart)
         # The bucket is copied in the order of the ranks. gloo reduces one more copy of it; then a rank's part of it is
         # converted where sums are fp32.
         converted = 4 * -(-bucket // world_size) if sums_in_fp32 else 0
@@ -141,7 +148,7 @@ def _gradients(
         flat = (kept + (0 if sums_in_fp32 else to_fp32)) * slice_
         return _Gradients(reserved, reserved, buffers, reserved + flat)
     # On a GPU two whole buckets are filled in turns; on the host one, of which only what is used takes memory.
-    laid = element * bucket if gloo else 2 * element * BUCKET_ELEMENTS
+    laid = element * bucket if gloo else 2 * element * set_apart
     if stage == 1:
         most = laid + element * (parameters - bucket)
         sums = 0

@@ -12,12 +12,14 @@ import torch
 from ardist.config import TrainConfig
 from ardist.errors import InvalidValueError
 from ardist.models.ar_vae import ARVAE
+from ardist.models.ar_vae.discriminator import PatchDiscriminator
 from ardist.models.denoiser import Denoiser
 from ardist.plan.activations import activation_bytes
 from ardist.plan.autoencoder import autoencoder_bytes
 from ardist.plan.devices import CPU, MEMORY_GB, find_device
 from ardist.plan.kinds import Kind, kinds_of
 from ardist.plan.memory import Memory, memory_per_rank
+from ardist.training.adversary_config import adversary_config
 from ardist.training.throughput import peak_flops
 
 STAGES = (0, 1, 2, 3)
@@ -156,11 +158,33 @@ def _activations(config: TrainConfig, kinds: Sequence[Kind]) -> dict[str, int]:
 def _memory(config: TrainConfig, gpus: int, kinds: Sequence[Kind], device: str) -> dict[tuple[int, str], Memory]:
     trained = count_trained(config)
     frozen = (4 if config.training.precision == "fp32" else 2) * (count_parameters(config) - trained)
+    adversary = _adversary(config, gpus, device == CPU)
     table = {}
     for mode, activations in _activations(config, kinds).items():
         for stage in STAGES:
             memory = memory_per_rank(config, trained, gpus, activations, stage=stage, gloo=device == CPU)
-            table[stage, mode] = replace(memory, weights=memory.weights + frozen)
+            memory = replace(memory, weights=memory.weights + frozen)
+            table[stage, mode] = memory.beside(adversary[stage]) if adversary else memory
+    return table
+
+
+def _adversary(config: TrainConfig, gpus: int, gloo: bool) -> dict[int, Memory]:
+    """What the engine of the AR-VAE's discriminator takes by ZeRO stage of the run; its passes are the task's."""
+    losses = config.ar_vae_loss
+    if config.task != "ar_vae" or losses.adversarial_weight <= 0:
+        return {}
+    with torch.device("meta"):
+        model = PatchDiscriminator(losses.discriminator_channels, losses.discriminator_layers)
+    numbers = sum(parameter.numel() for parameter in model.parameters())
+    table = {}
+    for stage in STAGES:
+        # It has no averages, and is laid out by the stage that the run would have.
+        training = config.training.model_copy(update={"zero_stage": stage, "ema_decays": ()})
+        engine = adversary_config(config.model_copy(update={"training": training}), numbers)
+        bucket = engine.deepspeed["zero_optimization"].get("reduce_bucket_size", 0)
+        memory = memory_per_rank(engine, numbers, gpus, 0, gloo=gloo, bucket=bucket)
+        # A checkpoint gets it whole from every rank.
+        table[stage] = replace(memory, snapshots=4 * 3 * numbers if gloo else 0)
     return table
 
 

@@ -18,7 +18,6 @@ micro-batch size changes the loss curve. In the first step, when the discriminat
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -39,6 +38,7 @@ from ardist.models.ar_vae.discriminator import (
     discriminator_hinge_loss,
     generator_hinge_loss,
 )
+from ardist.training.adversary_config import adversary_config
 from ardist.training.distributed import World
 from ardist.training.engine import Engine
 from ardist.training.fragments import MOMENTS
@@ -46,8 +46,6 @@ from ardist.training.guard import on_device
 
 ADVERSARY_FILE = "discriminator.safetensors"
 _SEED_OFFSET = 1
-_BUCKET_STEP = 2**16
-"""DeepSpeed wants buckets of a multiple of a small power of two."""
 
 
 class Verdict(NamedTuple):
@@ -91,8 +89,9 @@ class Adversary:
         )
         self._seed = config.seed + _SEED_OFFSET
         self.model = self._new_model()
+        numbers = sum(parameter.numel() for parameter in self.model.parameters())
         with torch.random.fork_rng(devices=[]):  # as that: whatever DeepSpeed draws
-            self.engine = Engine(Lesson(self.model, autocast), _engine_config(config, self.model), world)
+            self.engine = Engine(Lesson(self.model, autocast), adversary_config(config, numbers), world)
         self.active = False
         self.weight = torch.zeros((), device=world.device)
         """The adaptive weight for the present step."""
@@ -214,29 +213,6 @@ class Adversary:
 def _short(name: str) -> str:
     """A parameter's name within the discriminator, from its name within the engine's module."""
     return name.removeprefix("judge.")
-
-
-def _engine_config(config: TrainConfig, model: PatchDiscriminator) -> TrainConfig:
-    """The run's configuration as far as the discriminator's engine goes by it, with what is its own.
-
-    Nothing is gained by putting so few weights away, on other ranks (ZeRO-3) or on the host, nor by compiling them. The
-    device guard lets the autoencoder's bad steps be skipped too, and never makes the host wait.
-    """
-    numbers = sum(parameter.numel() for parameter in model.parameters())
-    training = config.training.model_copy(
-        update={
-            "zero_stage": min(config.training.zero_stage, 2),
-            "precision": "fp32",
-            "offload": "none",
-            "guard": "device",
-            "spike_policy": "off",
-            "compile": False,
-        }
-    )
-    # Buckets that hold all of it, instead of hundreds of MB for a model of 11.
-    size = math.ceil(numbers / _BUCKET_STEP) * _BUCKET_STEP
-    buckets = {"reduce_bucket_size": size, "allgather_bucket_size": size} if training.zero_stage else {}
-    return config.model_copy(update={"training": training, "deepspeed": {"zero_optimization": buckets}})
 
 
 def build_adversary(config: TrainConfig, world: World) -> Adversary | None:

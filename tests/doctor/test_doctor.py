@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError
 from pathlib import Path
@@ -97,6 +98,7 @@ def test_a_check_that_breaks_is_a_finding_and_the_end_has_code_4(monkeypatch: py
 
     found = examination._run(broken)
     assert [finding.level for finding in found] == [Level.GOOD, Level.BAD]
+    assert examination._run(functools.partial(broken)) == found, "the checks of a configuration are such ones"
     examination.require_fit(found[:1])
     with pytest.raises(HardwareError, match="training cannot work here: broken") as error:
         examination.require_fit(found)
