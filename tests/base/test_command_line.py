@@ -95,6 +95,32 @@ def test_names_that_the_locale_cannot_write(tmp_path: Path, words: list[str], co
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("x" * 5000 + "\ud83d" + "y" * 5000, "holds half a surrogate pair, which is no valid UTF-8; legal: text"),
+        ("x" * 5000 + "\udcff" + "y" * 5000, "is no valid UTF-8; where it names a file, rename that file"),
+        ("\udcff.mp4", "tool: '\\\\udcff.mp4' is no valid UTF-8; where it names"),
+    ],
+)
+def test_text_that_is_no_utf_8_is_shown_in_part(
+    text: str, said: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "getfilesystemencoding", lambda: "utf-8")
+    application = typer.Typer()
+
+    @application.command()
+    def write() -> None:
+        text.encode()
+
+    assert command_line.run(application, "tool", []) == 4
+    shown = capsys.readouterr().err
+    assert said in shown
+    assert "\\ud" in shown, "the part that cannot be written"
+    assert len(shown) < 400
+    assert ("rename" in shown) == ("\udcff" in text)
+
+
 def test_events_are_counted_and_logged(caplog: pytest.LogCaptureFixture) -> None:
     counter = EventCounter()
     with caplog.at_level(logging.WARNING, logger="ardist.events"):

@@ -15,8 +15,10 @@ from dt_builds import build_small, samples
 
 from ardist.data.loader import read_samples
 from ardist.media import ffmpeg_binary
+from data_tools import layout
 from data_tools.cli import main
 from data_tools.gc import collect
+from data_tools.reasons import Reason, Refusal, quarantine_line
 from data_tools.stats import statistics
 from data_tools.verify import verify
 
@@ -45,6 +47,13 @@ def test_statistics(dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture
     assert "66.7%" in text
     assert (tmp_path / "s.png").read_bytes().startswith(b"\x89PNG")
     assert main(["stats", str(dataset), "--png", str(tmp_path / "s.txt")]) == 2
+
+
+def test_refused_names_may_hold_other_ends_of_lines(dataset: Path, tmp_path: Path) -> None:
+    shutil.copytree(dataset, tmp_path / "copy")
+    with (tmp_path / "copy" / layout.QUARANTINE).open("ab") as file:
+        file.write(quarantine_line(Refusal(Reason.CODEC, "none").record("a\u2028b\x85c.mp4", "probe")))
+    assert statistics(str(tmp_path / "copy")).refused == {"codec": 1, "format": 1}
 
 
 def test_inspect_tells_where_a_sample_came_from(

@@ -4,20 +4,26 @@ from __future__ import annotations
 
 import functools
 import json
+import logging
+import re
+import sqlite3
+import tempfile
 import tracemalloc
 import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
+from unittest.mock import Mock
 
 import pytest
 from dt_builds import build_small
 from dt_plans import RATE, Watched, frozen, invented
 
 from ardist.errors import DataError
-from ardist.storage import LocalStorage, Storage, open_storage
+from ardist.storage import LocalStorage, Storage, StorageError, open_storage
 from data_tools import layout
 from data_tools.cli import main
+from data_tools.finalize import finalize
 from data_tools.gc import collect
 from data_tools.lease import Lease, Leases
 from data_tools.listing import CHUNK, Listing
@@ -288,7 +294,7 @@ def test_a_planner_that_comes_late_leaves_the_plan_alone(tmp_path: Path) -> None
 
 
 def test_one_builder_plans_and_the_others_wait(
-    three_videos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    three_videos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     storage = LocalStorage(tmp_path / "out")
     lease = Leases(storage, "other", 3600).take("plan")
@@ -297,11 +303,66 @@ def test_one_builder_plans_and_the_others_wait(
 
     def sleep(seconds: float) -> None:
         waited.append(storage.exists(layout.PLAN) or any(storage.list(layout.ROWS)))
-        lease.__exit__()
+        if len(waited) == 3:
+            lease.__exit__()
 
     monkeypatch.setattr("data_tools.freeze.time", types.SimpleNamespace(sleep=sleep))
-    build_small(three_videos, tmp_path / "out")
-    assert waited == [False]
+    monkeypatch.setattr(logging.getLogger("data_tools"), "propagate", True)
+    with caplog.at_level(logging.INFO, logger="data_tools.freeze"):
+        build_small(three_videos, tmp_path / "out")
+    assert waited == [False, False, False]
+    said = [record.getMessage() for record in caplog.records if record.name == "data_tools.freeze"]
+    assert said == ["waiting for another builder, which makes the plan", "making the plan of 3 videos"]
+
+
+def _fill_the_disk(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """From now on files of this name have no room."""
+    real = Path.open
+
+    def opened(self: Path, mode: str = "r", *words: Any, **more: Any) -> Any:
+        full = self.name == name and mode in ("xb", "wb")
+        return real(Path("/dev/full"), "wb") if full else real(self, mode, *words, **more)
+
+    monkeypatch.setattr(Path, "open", opened)
+
+
+def _place(out: str) -> str:
+    """Where a disk without room is named: TMPDIR helps where the output is no folder."""
+    if out.startswith("s3://"):
+        return (
+            f"{tempfile.gettempdir()}: No space left on device; make room there, or name another folder in TMPDIR, and"
+        )
+    return f"{out}: No space left on device; make room there and"
+
+
+def test_no_room_for_a_plan_is_one_message(out: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as during:
+        _fill_the_disk(during, "rows")
+        with pytest.raises(StorageError, match=re.escape(f"cannot write the plan in {_place(out)} run build again")):
+            frozen(out, _mixed())
+    with monkeypatch.context() as during:
+        full = sqlite3.OperationalError("database or disk is full")
+        during.setattr("data_tools.draft.Draft.add", Mock(side_effect=full))
+        with pytest.raises(StorageError, match="cannot write the plan in .*: database or disk is full; make room"):
+            frozen(out, _mixed())
+    with monkeypatch.context() as during:
+        during.setattr("data_tools.freeze.tool_versions", Mock(side_effect=FileNotFoundError(2, "no", "ffmpeg")))
+        with pytest.raises(FileNotFoundError):  # no matter of room
+            frozen(out, _mixed())
+    assert list(open_storage(out).list()) == []
+    assert not list(frozen(out, _mixed()).damage())
+
+
+def test_no_room_for_the_quarantine_is_one_message(out: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    refused = Source("a.mp4", 5, "v").refusal(Refusal(Reason.FORMAT, "no video"), "probe")
+    plan, storage = frozen(out, [refused]), open_storage(out)
+    before = list(storage.list())
+    _fill_the_disk(monkeypatch, layout.QUARANTINE)
+    message = f"cannot write {layout.QUARANTINE} in {_place(out)} run build again"
+    with pytest.raises(StorageError, match=re.escape(message)) as caught:
+        finalize(storage, plan)
+    assert caught.value.exit_code == 4
+    assert list(storage.list()) == before
 
 
 def test_rows_of_another_plan_are_garbage(three_videos: Path, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from fractions import Fraction
 from pathlib import Path
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 
 from ardist.errors import ConfigError
 from data_tools.labels import Label, read_labels
-from data_tools.reasons import Reason, Refusal
+from data_tools.reasons import Reason, Refusal, quarantine_line
 from data_tools.sources import list_sources
 from data_tools.timing import clip_starts, measure, seek_time
 
@@ -47,6 +48,14 @@ def test_a_single_file_and_a_list(tmp_path: Path) -> None:
         ("v/b.weird", None),
         ("v/none.mp4", Reason.VANISHED),
     ]
+
+
+def test_names_in_a_list_end_at_newlines_only(tmp_path: Path) -> None:
+    names = ["line\u2028separator.mp4", "next\x85line.mp4", "form\x0cfeed.mp4", "carriage\rreturn.mp4"]
+    _touch(tmp_path, *names)
+    (tmp_path / "list.txt").write_bytes("\r\n".join(["# all", *names, ""]).encode())
+    _, listed = list_sources(str(tmp_path / "list.txt"))
+    assert [(item.name, item.refused) for item in listed] == [(name, None) for name in sorted(names)]
 
 
 def test_odd_entries_are_listed_with_a_reason(tmp_path: Path) -> None:
@@ -104,6 +113,28 @@ def test_captions_that_cannot_be_used(tmp_path: Path) -> None:
         with pytest.raises(Refusal) as caught:
             labels.of(name)
         assert caught.value.reason is Reason.CAPTION
+
+
+def test_words_that_cannot_be_written_are_refused(tmp_path: Path) -> None:
+    """JSON can name half a surrogate pair, which no later reader could take."""
+    (tmp_path / "l.jsonl").write_text(
+        '{"path":"a.mp4","caption":"cut \\ud83d"}\n{"path":"b.mp4","label":"\\udc80"}\n{"path":"c.mp4","label":"\\ud83d\\ude00"}'
+    )
+    labels = read_labels(str(tmp_path / "l.jsonl"))
+    for name, reason in (("a.mp4", Reason.CAPTION), ("b.mp4", Reason.LABEL)):
+        with pytest.raises(Refusal) as caught:
+            labels.of(name)
+        assert caught.value.reason is reason
+        assert json.loads(quarantine_line(caught.value.record(name, "plan")))["reason"] == reason
+    assert labels.of("c.mp4") == Label("\U0001f600")
+
+
+def test_lines_of_labels_end_at_newlines_only(tmp_path: Path) -> None:
+    text = '{"path":"a\u2028.mp4","caption":"one\u2028two\x85three"}\r\n{"path":"b.mp4","label":"x"}\r\n'
+    (tmp_path / "l.jsonl").write_bytes(text.encode())
+    labels = read_labels(str(tmp_path / "l.jsonl"))
+    assert labels.of("a\u2028.mp4") == Label(None, "one\u2028two\x85three")
+    assert labels.of("b.mp4") == Label("x")
 
 
 # ---- frame times ----------------------------------------------------------------------------------------------------

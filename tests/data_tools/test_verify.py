@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import random
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from dt_builds import build_small
 
 from ardist.data.manifest import MANIFEST_NAME
 from ardist.errors import DataError
+from ardist.storage import LocalStorage, StorageError
 from data_tools import layout
 from data_tools.cli import main
 from data_tools.sealed import seal, unseal
@@ -62,6 +65,31 @@ def test_two_hundred_flipped_bytes_are_all_found(dataset: Path) -> None:
         path.write_bytes(good)
     assert missed == []
     assert not verify(str(dataset)).problems
+
+
+def test_rows_that_cannot_be_read_are_listed_with_the_rest(
+    dataset: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows, shard = (next(name for name in _files(dataset) if name.startswith(kind)) for kind in ("plan/", "shards/"))
+    read, stream = LocalStorage.read, LocalStorage.stream
+
+    def broken(real: Callable[..., Any]) -> Callable[..., Any]:
+        def once(self: LocalStorage, name: str, *words: Any) -> Any:
+            if name == rows:
+                raise StorageError(f"cannot read {name}: Input/output error")
+            return real(self, name, *words)
+
+        return once
+
+    monkeypatch.setattr(LocalStorage, "read", broken(read))
+    monkeypatch.setattr(LocalStorage, "stream", broken(stream))
+    good = (dataset / shard).read_bytes()
+    (dataset / shard).write_bytes(good[:-1])
+    assert main(["verify", str(dataset)]) == 3
+    said = "".join("".join(capsys.readouterr()).split())
+    assert f"{rows}:cannotread{rows}:Input/outputerror" in said
+    assert f"{shard}:{len(good) - 1}bytes,themanifestsays{len(good)}" in said
+    (dataset / shard).write_bytes(good)
 
 
 @pytest.mark.parametrize("quick", [False, True])

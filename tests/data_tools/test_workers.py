@@ -144,10 +144,11 @@ def test_two_builders_at_once_share_the_work(videos: Path, alone: str, tmp_path:
     assert not verify(str(out)).problems
 
 
-def test_a_stopped_workers_late_commit_loses(videos: Path, alone: str, tmp_path: Path) -> None:
-    """SIGSTOP just before the commit, beyond the lease; SIGCONT when the shard is long committed."""
+@pytest.mark.parametrize("point", ["build.draft", "build.before_rows", "build.before_commit"])
+def test_who_was_stopped_comes_late_and_loses(videos: Path, alone: str, tmp_path: Path, point: str) -> None:
+    """SIGSTOP of a planner or just before a commit, beyond the lease; SIGCONT when the dataset is long finished."""
     out = tmp_path / "out"
-    child = run_forked(lambda: build_small(videos, out, samples_per_shard=2, pace=QUICK), "stop@build.before_commit#1")
+    child = run_forked(lambda: build_small(videos, out, samples_per_shard=2, pace=QUICK), f"stop@{point}#1")
     assert os.WIFSTOPPED(os.waitpid(child, os.WUNTRACED)[1])
     summary = build_small(videos, out, samples_per_shard=2, pace=QUICK)
     assert summary.events["build.lease_taken_over"] == 1

@@ -22,7 +22,7 @@ from ardist.launch.remote import RemoteNode, remote_words
 
 def test_a_hostfile_is_read(tmp_path: Path) -> None:
     file = tmp_path / "hosts"
-    file.write_text("# machines\na slots=8\n\n10.0.0.2  slots = 4 # the old one\n")
+    file.write_text("# machines\na slots=8\n\n10.0.0.2  slots = 4 # the old\u2028one\n", encoding="utf-8")
     assert read_hostfile(file) == (Host("a", 8), Host("10.0.0.2", 4))
     assert read_hostfile(file, 1) == (Host("a", 8),)
 

@@ -20,7 +20,7 @@ from ardist.models.denoiser import Denoiser
 from ardist.models.flops import denoiser_flops
 from ardist.plan import autoencoder
 from ardist.plan.activations import LiveBytes, activation_bytes, kept_bytes
-from ardist.plan.memory import memory_per_rank
+from ardist.plan.memory import Memory, memory_per_rank
 from ardist.plan.plan import count_parameters, count_trained, make_plan
 from ardist.plan.tables import plan_tables, size
 from ardist.training.objectives_ar_vae import AutoencoderObjective
@@ -99,6 +99,20 @@ def test_states_by_stage() -> None:
     whole = memory_per_rank(sums, million, 8, 0, stage=1)
     assert (whole.reserved, whole.gradients) == (4 * million, 6 * million)
     assert memory_per_rank(sums, million, 8, 0, stage=0) == states[0], "there are no such sums"
+
+
+@pytest.mark.parametrize(("stage", "offload"), [(1, "optimizer"), (3, "parameters")])
+def test_what_is_offloaded_stays_where_the_device_is_the_host(stage: int, offload: str) -> None:
+    changes = {"training__zero_stage": stage}
+    kept = TrainConfig.model_validate(settings(Path("run"), Path("data"), **changes))
+    put_away = TrainConfig.model_validate(
+        settings(Path("run"), Path("data"), training__offload=offload, training__guard="deepspeed", **changes)
+    )
+    host = memory_per_rank(put_away, 1000, 2, 0, gloo=True)
+    assert host == memory_per_rank(kept, 1000, 2, 0, gloo=True)
+    device = memory_per_rank(put_away, 1000, 2, 0)
+    assert (device.masters, device.moments, device.averages, device.update) == (0, 0, 0, 0)
+    assert (device.weights, host.weights) == ((0, 2000) if stage == 3 else (4000, 4000))
 
 
 def test_live_bytes_are_those_of_tensors_alive() -> None:
@@ -249,12 +263,54 @@ def test_memory_of_an_autoencoder_by_stage_of_training(tmp_path: Path) -> None:
     assert judged.activations == plain.micro_batch_size * half.activations
     # Stage 2: what is frozen is there, but has no gradients, no optimiser and no averages.
     changes = {"ar_vae__temporal": True, "trainable": "temporal", "init_from": str(tmp_path / "stage-1")}
-    config = ar_vae_config(tmp_path / "run", pixels, **changes)
+    config = ar_vae_config(tmp_path / "run", pixels, ar_vae_loss={}, **changes)
     frozen = make_plan(config).memory[0, "none"]
     trained = count_trained(config)
     assert 0 < trained < count_parameters(config)
     assert frozen.weights == 4 * count_parameters(config)
     assert (frozen.gradients, frozen.moments) == (4 * trained, 8 * trained)
+
+
+def test_memory_of_a_discriminator_is_that_of_its_own_engine(tmp_path: Path) -> None:
+    """In fp32, sharded up to stage 2, with buckets of its own size, without averages; nothing of it is put away."""
+    pixels = write_pixels(tmp_path / "pixels")
+    losses = {"adversarial_weight": 0.5, "discriminator_channels": 4, "discriminator_layers": 1}
+    numbers = sum(parameter.numel() for parameter in PatchDiscriminator(4, 1).parameters())
+
+    def planned(device: str, **changes: Any) -> dict[int, Memory]:
+        table = make_plan(ar_vae_config(tmp_path / "run", pixels, **changes), gpus=2, device=device).memory
+        return {stage: memory for (stage, mode), memory in table.items() if mode == "none"}
+
+    half = -(-numbers // 2)
+    for device in ("h200", "cpu"):
+        judged, alone = planned(device, ar_vae_loss=losses), planned(device, ar_vae_loss={})
+        for stage in range(4):
+            more = {
+                name: getattr(judged[stage], name) - getattr(alone[stage], name)
+                for name in (
+                    "weights",
+                    "gathered",
+                    "masters",
+                    "moments",
+                    "averages",
+                    "snapshots",
+                    "reserved",
+                    "gradients",
+                )
+            }
+            share = numbers if stage == 0 else half
+            laid = 2 * 4 * 2**16 * (device == "h200")
+            assert more == {
+                "weights": 4 * numbers,
+                "gathered": 0,
+                "masters": 4 * share * (stage > 0),
+                "moments": 8 * share,
+                "averages": 0,
+                "snapshots": 12 * numbers * (device == "cpu"),
+                "reserved": laid * (stage > 0),
+                "gradients": 4 * numbers if stage == 0 or device == "cpu" else laid,
+            }
+            assert judged[stage].total > alone[stage].total
 
 
 def test_processes_of_this_machine_have_no_peak_rate(data: Path) -> None:

@@ -33,6 +33,15 @@ def test_the_later_record_of_a_step_wins_and_a_torn_line_is_left_out(tmp_path: P
     assert series(records, "loss") == ([1, 2], [4.0, 2.5])
 
 
+def test_lines_end_at_newlines_only(tmp_path: Path) -> None:
+    record = {"step": 1, "loss": 4.0, "note": "one\u2028two\x85three"}
+    write_metrics(tmp_path, [], json.dumps(record, ensure_ascii=False) + "\n")
+    assert read_metrics(tmp_path) == [record]
+    line = {"event": "end", "job": "a\u2028b", "attempt": 0, "time": 1.0}
+    (tmp_path / goodput.FILE).write_text(json.dumps(line, ensure_ascii=False) + "\n", encoding="utf-8")
+    assert goodput.read(tmp_path) == [line]
+
+
 def test_validation_records_stand_apart(tmp_path: Path) -> None:
     write_metrics(tmp_path, [{"step": 1, "loss": 4.0}, {"step": 1, "loss": 5.0, "kind": "validation"}])
     records = read_metrics(tmp_path)
