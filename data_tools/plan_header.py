@@ -1,4 +1,4 @@
-"""The header of a frozen plan: ``plan.json``, a page entry for every 1,024 shards, sealed, and bound to the plan's digest."""
+"""The header of a frozen plan: ``plan.json``, small, sealed, and bound to the plan's digest."""
 
 from __future__ import annotations
 

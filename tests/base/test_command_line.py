@@ -100,7 +100,7 @@ def test_names_that_the_locale_cannot_write(tmp_path: Path, words: list[str], co
     [
         ("x" * 5000 + "\ud83d" + "y" * 5000, "holds half a surrogate pair, which is no valid UTF-8; legal: text"),
         ("x" * 5000 + "\udcff" + "y" * 5000, "is no valid UTF-8; where it names a file, rename that file"),
-        ("\udcff.mp4", "tool: '\\\\udcff.mp4' is no valid UTF-8; where it names"),
+        ("\udcff.mp4", "tool: '\\udcff.mp4' is no valid UTF-8; where it names"),
     ],
 )
 def test_text_that_is_no_utf_8_is_shown_in_part(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import json
-import logging
 import re
 import sqlite3
 import tempfile
@@ -21,7 +20,7 @@ from dt_plans import RATE, Watched, frozen, invented
 
 from ardist.errors import DataError
 from ardist.storage import LocalStorage, Storage, StorageError, open_storage
-from data_tools import layout
+from data_tools import freeze, layout
 from data_tools.cli import main
 from data_tools.finalize import finalize
 from data_tools.gc import collect
@@ -294,7 +293,7 @@ def test_a_planner_that_comes_late_leaves_the_plan_alone(tmp_path: Path) -> None
 
 
 def test_one_builder_plans_and_the_others_wait(
-    three_videos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    three_videos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     storage = LocalStorage(tmp_path / "out")
     lease = Leases(storage, "other", 3600).take("plan")
@@ -307,11 +306,10 @@ def test_one_builder_plans_and_the_others_wait(
             lease.__exit__()
 
     monkeypatch.setattr("data_tools.freeze.time", types.SimpleNamespace(sleep=sleep))
-    monkeypatch.setattr(logging.getLogger("data_tools"), "propagate", True)
-    with caplog.at_level(logging.INFO, logger="data_tools.freeze"):
-        build_small(three_videos, tmp_path / "out")
+    said: list[str] = []
+    monkeypatch.setattr(freeze._log, "info", lambda text, *words: said.append(text % words))
+    build_small(three_videos, tmp_path / "out")
     assert waited == [False, False, False]
-    said = [record.getMessage() for record in caplog.records if record.name == "data_tools.freeze"]
     assert said == ["waiting for another builder, which makes the plan", "making the plan of 3 videos"]
 
 

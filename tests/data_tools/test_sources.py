@@ -118,7 +118,8 @@ def test_captions_that_cannot_be_used(tmp_path: Path) -> None:
 def test_words_that_cannot_be_written_are_refused(tmp_path: Path) -> None:
     """JSON can name half a surrogate pair, which no later reader could take."""
     (tmp_path / "l.jsonl").write_text(
-        '{"path":"a.mp4","caption":"cut \\ud83d"}\n{"path":"b.mp4","label":"\\udc80"}\n{"path":"c.mp4","label":"\\ud83d\\ude00"}'
+        '{"path":"a.mp4","caption":"cut \\ud83d"}\n{"path":"b.mp4","label":"\\udc80"}\n'
+        '{"path":"c.mp4","label":"\\ud83d\\ude00"}\n'
     )
     labels = read_labels(str(tmp_path / "l.jsonl"))
     for name, reason in (("a.mp4", Reason.CAPTION), ("b.mp4", Reason.LABEL)):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import signal
 import subprocess
@@ -14,7 +13,7 @@ from pathlib import Path
 import pytest
 from toy_jobs import Job, once_under_way, wait_for
 
-from ardist.config.training import LaunchConfig
+from ardist.config.launch import LaunchConfig
 from ardist.launch import processes, supervisor
 from ardist.launch.nodes import State
 from ardist.launch.watchdog import Failure
@@ -69,14 +68,14 @@ def test_a_failure_after_a_signal_is_not_called_saved(tmp_path: Path) -> None:
     assert len(job.nodes) == 1, "it was asked to stop, so it is not started again"
 
 
-def test_a_signal_that_was_passed_on_promises_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_signal_that_was_passed_on_promises_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Ranks that do not stand yet finish no step and save nothing."""
     watching = supervisor.Supervisor(LaunchConfig(), tmp_path, lambda attempt, job: [])
     watching._signals.append((signal.SIGTERM, 0.0))
-    with caplog.at_level(logging.INFO):
-        logging.getLogger("ardist").propagate = True
-        assert watching._forward([]) is None
-    assert caplog.messages == ["SIGTERM was passed on"]
+    said: list[str] = []
+    monkeypatch.setattr(supervisor._log, "info", lambda text, *words: said.append(text % words))
+    assert watching._forward([]) is None
+    assert said == ["SIGTERM was passed on"]
 
 
 class Elsewhere:
