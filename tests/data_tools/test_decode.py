@@ -6,7 +6,6 @@ import itertools
 import os
 import shutil
 import sys
-import time
 from fractions import Fraction
 from pathlib import Path
 
@@ -162,13 +161,11 @@ def _stream(path: Path, code: str, timeout: float) -> FrameStream:
 def test_a_decoder_that_hangs_is_killed(tmp_path: Path) -> None:
     path = tmp_path / "x"
     path.write_bytes(b"x")
-    begun = time.monotonic()
     with _stream(path, "import time; print('x', flush=True); time.sleep(600)", 0.7) as stream:
         with pytest.raises(Refusal) as caught:
             stream.read_into(np.empty((4, 2, 2, 3), np.uint8))
         pid = stream._process.pid
     assert caught.value.reason is Reason.TIMEOUT
-    assert time.monotonic() - begun < 100, "it hangs for longer"
     with pytest.raises(ProcessLookupError):
         os.kill(pid, 0)
 

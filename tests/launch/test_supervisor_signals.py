@@ -124,9 +124,7 @@ def test_a_second_signal_stops_at_once(tmp_path: Path) -> None:
         os.kill(os.getpid(), signal.SIGTERM)
 
     once_under_way(job, ask_twice, steps=4)
-    began = time.monotonic()
-    assert job.run() == 128 + signal.SIGTERM
-    assert time.monotonic() - began < 50, "before any limit"
+    assert job.run() == 128 + signal.SIGTERM, "not as what a limit ended"
 
 
 def test_a_killed_supervisor_leaves_no_orphan_not_even_a_stopped_one(tmp_path: Path) -> None:
