@@ -50,7 +50,7 @@ class WindowRows:
     """
 
     def __init__(
-        self, rows: int, shape: tuple[int, ...], dtype: SampleDtype, *, at_once: int = AT_ONCE, pinned: bool = False
+        self, rows: int, shape: tuple[int, ...], dtype: SampleDtype, *, at_once: int, pinned: bool = False
     ) -> None:
         self.dtype: SampleDtype = dtype
         self.at_once = at_once
