@@ -10,10 +10,10 @@ Processor seconds; memory is the growth of the peak over what the process had wi
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import multiprocessing
 import resource
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -22,12 +22,15 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests" / "data_tools"))
+
+from dt_plans import invented_facts
+
 from ardist.storage import LocalStorage, open_storage
 from data_tools import layout
 from data_tools.freeze import write_plan
 from data_tools.parameters import BuildParameters
 from data_tools.plan import load_plan
-from data_tools.probe import VideoFacts
 from data_tools.probed import Source
 
 CLIPS, FRAMES, RATE = 31, 16, 25
@@ -37,29 +40,8 @@ SHARD = 4096
 def source(number: int) -> Source:
     """One invented video of `CLIPS` clips."""
     count = CLIPS * FRAMES
-    facts = VideoFacts(
-        sha256=hashlib.sha256(str(number).encode()).hexdigest(),
-        format="mov",
-        stream=0,
-        codec="h264",
-        width=1280,
-        height=720,
-        pix_fmt="yuv420p",
-        sar="1",
-        container_start="0",
-        rate=str(RATE),
-        start="0",
-        last=f"{count - 1}/{RATE}",
-        count=count,
-        max_gap=f"1/{RATE}",
-        by_index=False,
-        decoding_times=False,
-        interlaced=False,
-        alpha=False,
-        hdr=False,
-        matrix_unknown=False,
-        keyframes=tuple(str(second) for second in range(count // RATE)),
-    )
+    keyframes = tuple(str(second) for second in range(count // RATE))
+    facts = invented_facts(number, count, rate=RATE, width=1280, height=720, keyframes=keyframes)
     name = f"part-{number // 1000:05d}/video-{number:09d}.mp4"
     return Source(name, 3_000_000 + number, f"{3_000_000 + number}-1700000000000000000", facts)
 

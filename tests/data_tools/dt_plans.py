@@ -18,31 +18,39 @@ from data_tools.probed import Source
 RATE = 12
 
 
-def invented(number: int, frames: int = 12, content: int | None = None, **changes: Any) -> Source:
-    """A good video of `frames` frames; the same `content` is the same video."""
-    facts = VideoFacts(
-        sha256=hashlib.sha256(str(number if content is None else content).encode()).hexdigest(),
+def invented_facts(
+    content: int, frames: int, *, rate: int, width: int, height: int, keyframes: tuple[str, ...]
+) -> VideoFacts:
+    """What a probe says of a good video; the same `content` is the same video."""
+    return VideoFacts(
+        sha256=hashlib.sha256(str(content).encode()).hexdigest(),
         format="mov",
         stream=0,
         codec="h264",
-        width=48,
-        height=32,
+        width=width,
+        height=height,
         pix_fmt="yuv420p",
         sar="1",
         container_start="0",
-        rate=str(RATE),
+        rate=str(rate),
         start="0",
-        last=f"{frames - 1}/{RATE}",
+        last=f"{frames - 1}/{rate}",
         count=frames,
-        max_gap=f"1/{RATE}",
+        max_gap=f"1/{rate}",
         by_index=False,
         decoding_times=False,
         interlaced=False,
         alpha=False,
         hdr=False,
         matrix_unknown=False,
-        keyframes=("0", "1/2"),
+        keyframes=keyframes,
     )
+
+
+def invented(number: int, frames: int = 12, content: int | None = None, **changes: Any) -> Source:
+    """A good small video of `frames` frames; the same `content` is the same video."""
+    content = number if content is None else content
+    facts = invented_facts(content, frames, rate=RATE, width=48, height=32, keyframes=("0", "1/2"))
     fields = {"name": f"{number:05d}.mp4", "size": 1000 + number, "version": f"v{number}", "facts": facts} | changes
     return Source(**fields)
 
