@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -14,24 +14,14 @@ import pytest
 MIB = 2**20
 
 
-def _loaded(name: str) -> ModuleType:
-    path = Path(__file__).resolve().parents[2] / "benchmarks" / f"{name}.py"
-    spec = importlib.util.spec_from_file_location(f"{name}_benchmark", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.fixture(scope="module")
-def benchmark() -> ModuleType:
-    return _loaded("build")
+def benchmark(load_benchmark: Callable[[str], ModuleType]) -> ModuleType:
+    return load_benchmark("build")
 
 
-def test_a_plan_is_measured_by_what_a_worker_reads(tmp_path: Path) -> None:
+def test_a_plan_is_measured_by_what_a_worker_reads(tmp_path: Path, load_benchmark: Callable[[str], ModuleType]) -> None:
     """All bytes are counted, and of each of the plan's shards all clips are read where there are no more than three."""
-    measure = _loaded("plan_open")
+    measure = load_benchmark("plan_open")
     measure.SHARD = 600
     measure.freeze(tmp_path, 40)
     found = measure.work(tmp_path)

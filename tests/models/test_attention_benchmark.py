@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import sys
 from collections.abc import Callable
 from types import ModuleType
@@ -17,14 +16,8 @@ from ardist.models.attention import AttentionLayout
 
 
 @pytest.fixture
-def benchmark(pytestconfig: pytest.Config, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    path = pytestconfig.rootpath / "benchmarks" / "attention.py"
-    spec = importlib.util.spec_from_file_location("attention_benchmark", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, spec.name, module)
-    spec.loader.exec_module(module)
+def benchmark(load_benchmark: Callable[[str], ModuleType], monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    module = load_benchmark("attention")
     monkeypatch.setattr(module, "SHAPES", {"preset-tiny": module.Shape(AttentionLayout.training(2, 3), 1, 2, 8)})
     return module
 

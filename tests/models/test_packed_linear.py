@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
 import sys
+from collections.abc import Callable
 from types import ModuleType
 
 import pytest
@@ -93,14 +93,8 @@ def test_a_run_packs_the_weights_of_its_day(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 @pytest.fixture
-def benchmark(pytestconfig: pytest.Config) -> ModuleType:
-    path = pytestconfig.rootpath / "benchmarks" / "packed_linear.py"
-    spec = importlib.util.spec_from_file_location("packed_linear_benchmark", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def benchmark(load_benchmark: Callable[[str], ModuleType]) -> ModuleType:
+    return load_benchmark("packed_linear")
 
 
 @packs
